@@ -1,0 +1,70 @@
+# A fresh clone needs Python 3.11, 3.12 or 3.13, make and a package index. `make quickstart` does the rest.
+
+SHELL := /bin/bash
+BIN := .venv/bin
+PIP := $(BIN)/python -m pip --disable-pip-version-check install --quiet --no-compile
+WORKDIR ?= runs/quickstart
+WORKERS ?= 2
+ARGS ?=
+
+.PHONY: help setup dev quickstart test lint format docs notebook bench lock clean
+
+help:  ## this list
+	@sed -n 's/^\([a-z]*\):.*## /  make \1\t/p' Makefile | expand -t 19
+
+quickstart: setup  ## train a small model on Shakespeare's plays (run again to resume)
+	@$(BIN)/llm-jax train --config=configs/quickstart.py --workdir=$(WORKDIR) $(ARGS)
+
+setup: .venv/runtime  ## .venv with the versions of requirements.lock
+
+dev: .venv/dev  ## the same and the tools of requirements-dev.lock
+
+test: dev  ## every test; ARGS="-m 'not slow'" or ARGS=tests/model for some
+	@JAX_PLATFORMS=cpu $(BIN)/python -m pytest -n $(WORKERS) --dist worksteal $(ARGS)
+
+lint: dev  ## ruff, import directions
+	@$(BIN)/ruff check && $(BIN)/ruff format --check && $(BIN)/lint-imports
+
+format: dev  ## let ruff fix what it can
+	@$(BIN)/ruff check --fix && $(BIN)/ruff format
+
+docs: dev  ## docs/html: one page per package, from the docstrings
+	@JAX_PLATFORMS=cpu $(BIN)/pdoc --template-directory docs --output-directory docs/html llm_jax
+	@echo 'open docs/html/llm_jax.html'
+
+notebook: dev  ## run the notebooks and keep what they print
+	@JAX_PLATFORMS=cpu $(BIN)/jupyter execute --inplace notebooks/*.ipynb
+
+bench: dev  ## the figures the README quotes
+	@$(BIN)/python -m benchmarks $(ARGS)
+
+COMPILE := $(BIN)/uv pip compile --quiet --universal --python-version 3.11 --fork-strategy fewest \
+	--custom-compile-command 'make lock' $(ARGS)
+
+lock: dev  ## resolve setup.py again; ARGS=--upgrade takes newer versions
+	@$(COMPILE) setup.py --output-file requirements.lock
+	@$(COMPILE) setup.py --extra dev --constraint requirements.lock --output-file requirements-dev.lock
+
+clean:  ## remove what the tools left behind; .venv and runs/ stay
+	@rm -rf build dist docs/html *.egg-info .pytest_cache .ruff_cache .import_linter_cache .hypothesis
+	@find . -name __pycache__ -not -path './.venv/*' -prune -exec rm -rf {} +
+
+# --- the environment: each stamp is made anew when its lock file or setup.py changes ---------------
+
+.venv/python:
+	@for python in $(or $(PYTHON),python3.11 python3.12 python3.13 python3); do \
+	  if $$python -c 'import ensurepip, sys; sys.exit(not (3, 11) <= sys.version_info < (3, 14))' 2>/dev/null; then \
+	    $$python -m venv --clear .venv && touch $@; exit; \
+	  fi; \
+	done; \
+	echo 'make: no Python 3.11, 3.12 or 3.13 with venv found: install one (apt install python3.11-venv, brew install python@3.11) or name it: make PYTHON=/path/to/python $(MAKECMDGOALS)' >&2; exit 1
+
+.venv/runtime: .venv/python requirements.lock setup.py
+	@echo 'setting up .venv: about a minute when the packages are already in the cache, and 3 GB of disk'
+	@$(PIP) --no-deps --requirement requirements.lock
+	@$(PIP) --no-deps --no-build-isolation --editable .
+	@touch $@
+
+.venv/dev: .venv/runtime requirements-dev.lock
+	@$(PIP) --no-deps --requirement requirements-dev.lock
+	@touch $@

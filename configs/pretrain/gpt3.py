@@ -1,0 +1,113 @@
+r"""The size ladder of GPT-3 (Brown et al. 2020, arXiv:2005.14165, table 2.1), from 125M to 175B parameters.
+
+  llm-jax train --config=configs/pretrain/gpt3.py:small --config.source.task.data_dir=DIR --workdir=runs/gpt3
+  llm-jax train --config=configs/pretrain/gpt3.py:175b --config.mesh.tensor=8 --config.microbatches=4 --workdir=DIR
+  llm-jax train --config=configs/pretrain/gpt3.py:small,data=shakespeare --config.steps=100 --workdir=runs/try
+
+Sizes: small, medium, large, xl, 2.7b, 6.7b, 13b, 175b. Differs from lm.py in the architecture (learned positions, LayerNorm,
+biases, GELU), in AdamW with a cosine to 10 % over 260B tokens after a warm-up of 375M, in a batch that grows from 32K tokens,
+and in weights split over all devices. XL has 16 heads and 13B is 5,120 wide: the 24 and 5,140 of the paper's table do not
+give its own totals. All layers are dense (the paper alternates with banded ones), the text is C4, and bf16 replaces fp16.
+
+Expect the paper's fit, 2.57 C^-0.048 nats per token for C petaFLOP/s-days: 2.46 for small, 1.73 for 175B (on its text and
+vocabulary).
+"""
+
+from configs.pretrain import lm
+from llm_jax.core.config import build, use, variant
+from llm_jax.core.errors import UserError, nearest
+from llm_jax.data import batch as batch_lib
+from llm_jax.model import attention, block, ffn, heads, init, kernels, norms, positions, stack, transformer
+from llm_jax.optim import chain, rules, schedules
+
+TOKENS, DECAY, WARMUP, LENGTH = 300 * 10**9, 260 * 10**9, 375 * 10**6, 2048
+# layers, embed, heads, sequences in a batch (0.5M to 3.2M tokens), peak learning rate, billions of tokens until
+# the batch is that large ("4-12, depending on the model size")
+SIZES = {
+  'small': (12, 768, 12, 256, 6.0e-4, 4),
+  'medium': (24, 1024, 16, 256, 3.0e-4, 4),
+  'large': (24, 1536, 16, 256, 2.5e-4, 4),
+  'xl': (24, 2048, 16, 512, 2.0e-4, 6),
+  '2.7b': (32, 2560, 32, 512, 1.6e-4, 6),
+  '6.7b': (32, 4096, 32, 1024, 1.2e-4, 8),
+  '13b': (40, 5120, 40, 1024, 1.0e-4, 8),
+  '175b': (96, 12288, 96, 1536, 0.6e-4, 12),
+}
+
+
+def get_config(text=None):
+  arg = variant(text, size='small', data='c4')
+  layers, embed, query_heads, batch, peak, grown = pick(arg.size, SIZES)
+  ramp = use(batch_lib.linear_ramp, start=16, stop=batch, rows=grown * 10**9 // LENGTH)
+  steps, decay, warmup = (updates(tokens, batch, build(ramp)) for tokens in (TOKENS, DECAY, WARMUP))
+  c = large_run(arg.data, batch, steps, vocab=50_257)
+  c.model = model(layers, embed, query_heads)
+  c.source.ramp = ramp
+  c.optimizer = optimizer(peak, decay, warmup)
+  return c
+
+
+def pick(size, sizes):
+  """The row of a size ladder."""
+  if size not in sizes:
+    raise UserError(f'no size {size!r} in this ladder; {nearest(size, sizes)}')
+  return sizes[size]
+
+
+def updates(tokens, batch, ramp):
+  """The updates it takes to see `tokens` tokens while the batch grows."""
+  rows, k = -(-tokens // LENGTH), 0
+  while rows > 0 and (size := ramp(k)) < batch:
+    rows, k = rows - size, k + 1
+  return k + max(0, -(-rows // batch))
+
+
+def large_run(data, batch, steps, vocab):
+  """lm.py with everything that depends on the size of a run: batch, vocabulary, devices, how often things happen."""
+  c = lm.get_config(f'data={data},batch={batch},length={LENGTH},steps={steps}')
+  if data == 'c4':
+    for source in (c.source, c.hooks.heldout.source):
+      source.task.vocab.size = vocab
+    c.hooks.samples.prompts = ('The meaning of life is',)
+  c.objective.z_loss = 0.0
+  c.mesh.data, c.mesh.fsdp = 1, -1
+  c.hooks.heldout.every = c.checkpoint.every = 1000
+  return c
+
+
+def model(layers, embed, query_heads):
+  layer_norm = use(norms.LayerNorm)
+  layer = use(
+    block.decoder,
+    mixer=use(attention.SelfAttention, heads=query_heads, bias=True, rotate=None, kernel=use(kernels.dot_product)),
+    ffn=use(ffn.MLP, hidden=4 * embed, bias=True, activation=use(ffn.gelu_tanh)),
+    norm=layer_norm,
+    residual=use(norms.pre),
+  )
+  return use(
+    transformer.causal,
+    vocab=50_257,
+    vocab_multiple=128,
+    embed=embed,
+    layers=layers,
+    length=LENGTH,
+    block=layer,
+    norm=layer_norm,
+    positions=use(positions.Learned),
+    runner=use(stack.scan, remat='full'),
+    head=use(heads.Tied),
+    init=use(init.gpt2),
+    dtype='bfloat16',
+  )
+
+
+def optimizer(peak, steps, warmup):
+  """AdamW, decaying all matrices by 0.1; `warmup` and `steps` until 10 % of the peak are counted in updates."""
+  return use(
+    chain.make,
+    rule=use(rules.adamw, b1=0.9, b2=0.95, eps=1e-8),
+    schedule=use(schedules.cosine, peak=peak, steps=steps, warmup=warmup, floor=0.1),
+    clip=1.0,
+    weight_decay=0.1,
+    decayed=use(chain.matrices),
+  )

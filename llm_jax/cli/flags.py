@@ -1,0 +1,81 @@
+"""Flags of the commands: absl's, plus `--config=FILE[:ARGS]` with `--config.KEY=VALUE` overrides.
+
+The overrides are read here and not by `ml_collections.config_flags`, which cannot name the nearest key, reach into a
+tuple of blocks, or replace a nested call by another function.
+"""
+
+import os
+import sys
+
+import jax
+from absl import flags
+
+from llm_jax.core import config
+from llm_jax.core.errors import UserError, nearest
+
+
+def parse(argv: list[str], values: flags.FlagValues, usage: str) -> list[str]:
+  """Parses absl flags; returns the `--config...` arguments. Anything else that is left over is a `UserError`."""
+  if any(a in ('-h', '--help', '--helpfull') for a in argv):
+    print(usage.strip() + '\n\nflags:')
+    for name in sorted(values):
+      print(f'  --{name}: {values[name].help} (default: {values[name].default!r})')
+    sys.exit(0)
+  ours, theirs = [], []
+  rest = iter(argv)
+  for argument in rest:
+    if argument.partition('=')[0].lstrip('-').split('.')[0].split(':')[0] == 'config' and argument.startswith('-'):
+      if '=' not in argument:
+        following = next(rest, None)
+        if following is None:
+          raise UserError(f'{argument} has no value: write {argument}=VALUE')
+        argument = f'{argument}={following}'
+      ours.append(argument)
+    else:
+      theirs.append(argument)
+  try:
+    left = values(['llm-jax', *theirs])[1:]
+  except flags.UnrecognizedFlagError as e:
+    raise UserError(f'no flag --{e.flagname}; {nearest(e.flagname, [*values, "config"])}') from e
+  except flags.Error as e:
+    raise UserError(str(e).replace('\n', ' ').removeprefix('flag ')) from e
+  if left:
+    raise UserError(f'unexpected argument {left[0]!r}: flags read --name=value')
+  return ours
+
+
+def read_config(arguments: list[str]):
+  """The config named by `--config=FILE[:ARGS]` with every `--config.KEY=VALUE` applied, checked as a whole."""
+  split = [a.lstrip('-').partition('=')[::2] for a in arguments]
+  files = [value for name, value in split if name == 'config']
+  if len(files) != 1 or not files[0]:
+    raise UserError('name one config file: --config=configs/quickstart.py')
+  path, _, text = files[0].partition(':')
+  cfg = config.read(path, text or None)
+  for name, value in split:
+    if name != 'config':
+      config.override(cfg, name.removeprefix('config.'), value)
+  config.check(cfg)
+  return cfg
+
+
+def join_cluster() -> None:
+  """Connects the processes of a cluster, where there is one: each runs the same command.
+
+  A cluster is a TPU pod, SLURM or Open MPI with several tasks (found by jax itself), or the variables
+  JAX_COORDINATOR_ADDRESS, JAX_NUM_PROCESSES and JAX_PROCESS_ID.
+  """
+  env = os.environ
+  if 'JAX_COORDINATOR_ADDRESS' in env:
+    missing = [n for n in ('JAX_NUM_PROCESSES', 'JAX_PROCESS_ID') if not env.get(n, '').isdigit()]
+    if missing:
+      raise UserError(f'JAX_COORDINATOR_ADDRESS is set, but {missing[0]} is not a number: set it for every process')
+    jax.distributed.initialize(
+      env['JAX_COORDINATOR_ADDRESS'], int(env['JAX_NUM_PROCESSES']), int(env['JAX_PROCESS_ID'])
+    )
+  elif (
+    int(env.get('SLURM_NTASKS', 1)) > 1 and 'SLURM_PROCID' in env
+    or int(env.get('OMPI_COMM_WORLD_SIZE', 1)) > 1
+    or ',' in env.get('TPU_WORKER_HOSTNAMES', '')
+  ):
+    jax.distributed.initialize()

@@ -1,0 +1,46 @@
+r"""Train a model, or go on training it.
+
+  llm-jax train --config=configs/quickstart.py --workdir=runs/quickstart
+  llm-jax train --config=configs/pretrain/ul2.py --config.mesh.data=2 --config.steps=1000 --workdir=DIR
+
+The same command resumes from the newest checkpoint in the workdir. A config file may take arguments after a colon
+(`--config=configs/pretrain/llama.py:7b`).
+"""
+
+import functools
+
+import jax
+from absl import flags
+
+from llm_jax.cli.flags import join_cluster, parse, read_config
+from llm_jax.core import mesh, metrics
+from llm_jax.core.config import build, to_json
+from llm_jax.train import checkpoint, loop, report, state, step
+from llm_jax.train.hooks import Run
+
+FLAGS = flags.FlagValues()
+flags.DEFINE_string('workdir', None, 'folder for checkpoints, metrics and samples', flag_values=FLAGS)
+
+
+def main(argv: list[str]) -> int:
+  """Runs the command; returns the exit code."""
+  cfg = read_config(parse(argv, FLAGS, __doc__))
+  workdir = report.open_workdir(FLAGS.workdir)
+  join_cluster()
+  with jax.set_mesh(mesh.make(**cfg.mesh)), mesh.rules(**cfg.axes):
+    model = build(cfg.model)()  # pure functions: init, hidden, logits, states, axes
+    source = build(cfg.source)(model)  # state -> batch
+    mesh.check_batch(source.batch, cfg.microbatches)
+    objective = functools.partial(build(cfg.objective), model)  # (params, batch, key) -> Loss
+    tx = build(cfg.optimizer)(model.axes)  # optax, told each parameter's axes
+    layout = state.layout(model, tx, cfg.trainable)
+    update = step.make(objective, tx, layout, microbatches=cfg.microbatches, trainable=cfg.trainable)
+    first = state.create(model, tx, cfg.seed, trainable=cfg.trainable, layout=layout)
+    saver = checkpoint.Saver(workdir, config=to_json(cfg), **cfg.checkpoint)
+    last = saver.restore(first, source, init_from=cfg.init_from)
+    report.record(workdir, to_json(cfg), source.vocab)
+    writer = metrics.Writer(workdir, every=cfg.log_every, step=int(last.step))
+    run = Run(model, source, saver, writer, workdir, cfg.steps)
+    hooks = [writer, *(build(hook)(run) for hook in cfg.hooks.values()), saver.hook]
+    last = loop.train(last, source, update, steps=cfg.steps, key=jax.random.key(cfg.seed), hooks=hooks)
+    return report.finish(run, last)

@@ -1,0 +1,235 @@
+"""Devices as a mesh, and the one table from axis names to mesh axes.
+
+Weights and activations name their axes (`'embed'`, `'heads'`, `'batch'`); the rules say on which mesh axes
+each is split. Data parallelism, FSDP, tensor parallelism and their products are the same rules on another
+mesh; ZeRO 1, 2, 3 are three choices of what is split over `fsdp`
+(Rajbhandari et al. 2020, arXiv:1910.02054): the optimizer state, also the gradients, also the weights.
+
+`jax.make_mesh` types its axes; they are named here and only here. Auto lets XLA propagate
+shardings between our constraints; Explicit makes every sharding part of the type, so that a forgotten
+annotation is an error while tracing. Training uses Auto, the tests use both.
+"""
+
+import contextlib
+import contextvars
+import math
+from collections.abc import Hashable, Iterator, Mapping
+from typing import Any
+
+import jax
+import numpy as np
+from jax.sharding import AxisType, NamedSharding, PartitionSpec
+
+from llm_jax.core import tree as tree_lib
+from llm_jax.core.errors import UserError, nearest
+
+AXES = ('data', 'fsdp', 'expert', 'sequence', 'stage', 'tensor')
+
+# What is split where. Every name a weight or activation may use has an entry; () is not split.
+_WHOLE = dict(
+  batch=(), length=(), embed=(), heads=(), groups=(), head_dim=(), ffn=(), vocab=(), expert=(),
+  layers=(), norm=(), positions=(), buckets=(), rank=(),
+)  # fmt: skip
+_TENSOR = dict(_WHOLE, heads=('tensor',), groups=('tensor',), ffn=('tensor',), vocab=('tensor',))
+_SHARDED = dict(_TENSOR, embed=('fsdp',))
+_ACTIVATIONS = dict(_TENSOR, batch=('data', 'fsdp'))
+
+ZERO1 = dict(weights=_TENSOR, gradients=_TENSOR, optimizer=_SHARDED, activations=_ACTIVATIONS)
+ZERO2 = dict(weights=_TENSOR, gradients=_SHARDED, optimizer=_SHARDED, activations=_ACTIVATIONS)
+ZERO3 = dict(weights=_SHARDED, gradients=_SHARDED, optimizer=_SHARDED, activations=_ACTIVATIONS)
+DATA = dict(weights=_TENSOR, gradients=_TENSOR, optimizer=_TENSOR, activations=_ACTIVATIONS)
+
+_outside: contextvars.ContextVar[bool] = contextvars.ContextVar('outside', default=False)
+_rules: contextvars.ContextVar[Mapping[str, Mapping[str, tuple]]] = contextvars.ContextVar('rules', default=ZERO3)
+
+
+def make(
+  *, data: int = -1, fsdp: int = 1, expert: int = 1, sequence: int = 1, stage: int = 1, tensor: int = 1, explicit: bool = False
+) -> jax.sharding.Mesh:
+  """A mesh over the devices, the first ones when there are more than asked for; one size may be -1: what is left over.
+
+  Raises `UserError` when the sizes need more devices than there are, do not divide them, or leave a process without any.
+  """
+  sizes = dict(data=data, fsdp=fsdp, expert=expert, sequence=sequence, stage=stage, tensor=tensor)
+  bad = {n: s for n, s in sizes.items() if s < 1 and s != -1}
+  free = [n for n, s in sizes.items() if s == -1]
+  if bad or len(free) > 1:
+    raise UserError(f'mesh {bad or sizes}: sizes are positive, and one of them may be -1 (what is left over)')
+  devices = jax.device_count()
+  fixed = math.prod(s for s in sizes.values() if s != -1)
+  if free:
+    if devices % fixed:
+      raise UserError(f'{devices} devices do not divide by {fixed} ({_show(sizes)}): choose sizes whose product divides {devices}')
+    sizes[free[0]] = devices // fixed
+  elif fixed > devices:
+    raise UserError(f'mesh {_show(sizes)} needs {fixed} devices, this machine has {devices}: lower a size or set --config.mesh.data=-1')
+  elif fixed < devices and jax.process_count() > 1:
+    raise UserError(f'mesh {_show(sizes)} uses {fixed} of the {devices} devices of {jax.process_count()} processes: use all of them')
+  kind = AxisType.Explicit if explicit else AxisType.Auto
+  shape = tuple(sizes[a] for a in AXES)
+  return jax.make_mesh(shape, AXES, axis_types=(kind,) * len(AXES), devices=jax.devices()[: math.prod(shape)])
+
+
+def _show(sizes: Mapping[str, int]) -> str:
+  return ' x '.join(f'{n}={s}' for n, s in sizes.items() if s != 1) or 'data=1'
+
+
+@contextlib.contextmanager
+def rules(*, weights: Mapping, gradients: Mapping, optimizer: Mapping, activations: Mapping) -> Iterator[None]:
+  """Use these axis rules inside the `with`; see `ZERO1`, `ZERO2`, `ZERO3`, `DATA` above."""
+  table = dict(weights=weights, gradients=gradients, optimizer=optimizer, activations=activations)
+  for kind, names in table.items():
+    for name, axes in names.items():
+      if name not in _WHOLE:
+        raise UserError(f'axes.{kind} names the axis {name!r}; {nearest(name, _WHOLE)}')
+      if isinstance(axes, str):
+        raise UserError(f'axes.{kind}.{name} is the text {axes!r}: write a tuple, ({axes!r},)')
+      for axis in axes:
+        if axis not in AXES:
+          raise UserError(f'axes.{kind}.{name} names the mesh axis {axis!r}; {nearest(axis, AXES)}')
+  token = _rules.set({kind: dict(_WHOLE, **dict(names)) for kind, names in table.items()})
+  try:
+    yield
+  finally:
+    _rules.reset(token)
+
+
+def spec(*axes: str | None, kind: str = 'activations') -> PartitionSpec:
+  """The mesh axes of an array whose axes have these names. A mesh axis is used once: the first name gets it.
+
+  Raises `KeyError` on a name that is not in the rules (Flax would silently replicate a typo).
+  """
+  table, used, entries = _rules.get()[kind], set(), []
+  for name in axes:
+    if name is not None and name not in table:
+      raise KeyError(f'axis {name!r} is not in the rules; {nearest(name, table)}')
+    free = tuple(a for a in table.get(name, ()) if a not in used) if name else ()
+    used.update(free)
+    entries.append(free if len(free) > 1 else (free[0] if free else None))
+  return PartitionSpec(*entries)
+
+
+def current() -> Any:
+  """The abstract mesh of `jax.set_mesh`, or None outside one (and on a single device, where nothing is split)."""
+  mesh = jax.sharding.get_abstract_mesh()
+  return None if _outside.get() or mesh.empty or mesh.size == 1 else mesh
+
+
+@contextlib.contextmanager
+def outside() -> Iterator[None]:
+  """No sharding constraints inside: for what runs on arrays too small to split, such as `init`'s dummy batch."""
+  token = _outside.set(True)
+  try:
+    yield
+  finally:
+    _outside.reset(token)
+
+
+def is_explicit() -> bool:
+  mesh = current()
+  return mesh is not None and AxisType.Explicit in mesh.axis_types
+
+
+def constrain(x: jax.Array, partition: PartitionSpec) -> jax.Array:
+  """Puts `x` on the current mesh as `partition` says; without a mesh it is returned as it is."""
+  if current() is None:
+    return x
+  return jax.sharding.reshard(x, partition) if is_explicit() else jax.lax.with_sharding_constraint(x, partition)
+
+
+def shard(x: jax.Array, *axes: str | None) -> jax.Array:
+  """An activation whose axes have these names, constrained to where the rules put it."""
+  if len(axes) != x.ndim:
+    raise ValueError(f'{len(axes)} axis names {axes} for an array of shape {x.shape}')
+  return constrain(x, spec(*axes))
+
+
+def gather(w: jax.Array, axes: tuple[str | None, ...]) -> jax.Array:
+  """A weight in the layout it is used in: whole along the mesh axes that split the batch.
+
+  The forward pass gathers the FSDP shards, the backward pass leaves the gradient where the `gradients` rules want it.
+  """
+  if current() is None:
+    return w
+  stored, left = spec(*axes, kind='gradients'), _without_batch_axes(spec(*axes, kind='weights'))
+  if is_explicit():
+    return jax.sharding.reshard(w, left)
+
+  @jax.custom_vjp
+  def move(w):
+    return constrain(w, left)
+
+  move.defvjp(lambda w: (constrain(w, left), None), lambda _, g: (constrain(g, stored),))
+  return move(w)
+
+
+def _without_batch_axes(partition: PartitionSpec) -> PartitionSpec:
+  batch = set(_rules.get()['activations']['batch'])
+  entries = []
+  for entry in partition:
+    left = tuple(a for a in (entry if isinstance(entry, tuple) else (entry,)) if a and a not in batch)
+    entries.append(left if len(left) > 1 else (left[0] if left else None))
+  return PartitionSpec(*entries)
+
+
+def shardings(axes: Any, shapes: Any, kind: str = 'weights') -> Any:
+  """A tree of `NamedSharding`s for a tree of axis-name tuples, on the mesh of `jax.set_mesh`.
+
+  axes: tree of tuples of names. shapes: the same tree of arrays or `ShapeDtypeStruct`s. Raises `UserError` when an
+  axis does not divide by the mesh axes it is split over.
+  """
+  mesh = jax.sharding.get_mesh()
+  if mesh.empty:
+    raise UserError('no mesh: wrap the call in `with jax.set_mesh(mesh.make(...))`')
+  flat = tree_lib.flatten(axes, is_leaf=tree_lib.is_names)
+
+  def one(path: str, shape: Any) -> NamedSharding:
+    names = flat[path]
+    partition = spec(*names, kind=kind)
+    for name, size, entry in zip(names, shape.shape, partition, strict=True):
+      ways = math.prod(mesh.shape[a] for a in (entry if isinstance(entry, tuple) else (entry,)) if a)
+      if size % ways:
+        raise UserError(
+          f'{path}: axis {name!r} of size {size} does not divide by {entry}={ways}; '
+          f"change the mesh or keep it whole with --config.axes.{kind}.{name}='()'"
+        )
+    return NamedSharding(mesh, partition)
+
+  return tree_lib.map_paths(one, shapes)
+
+
+def place(batch: Mapping[str, np.ndarray]) -> dict[str, jax.Array]:
+  """Host arrays of this process as global arrays, split over the batch axes.
+
+  batch: name -> [local batch, ...]. Each process passes its own rows; together they are the global batch.
+  """
+  mesh = jax.sharding.get_mesh()
+  if mesh.empty or mesh.size == 1:
+    return {k: jax.numpy.asarray(v) for k, v in batch.items()}
+  entry = spec('batch')
+  return {k: jax.make_array_from_process_local_data(NamedSharding(mesh, entry), np.asarray(v)) for k, v in batch.items()}
+
+
+def batch_ways() -> int:
+  """Over how many devices the rules split the rows of a batch."""
+  mesh = jax.sharding.get_mesh()
+  return 1 if mesh.empty else math.prod(mesh.shape[a] for a in _rules.get()['activations']['batch'])
+
+
+def context() -> Hashable:
+  """What a trace depends on here besides the mesh, which jax watches itself: a static argument for functions whose
+  compiled code outlives a `with rules(...)`."""
+  table = _rules.get()
+  return _outside.get(), tuple((kind, *sorted(table[kind].items())) for kind in sorted(table))
+
+
+def check_batch(size: int, microbatches: int = 1) -> None:
+  """Raises `UserError` when `size` examples do not divide into microbatches and over the batch axes of the mesh."""
+  ways = batch_ways()
+  if microbatches < 1 or size % microbatches:
+    raise UserError(f'a batch of {size} does not divide into {microbatches} microbatches: choose a divisor of {size}')
+  if size // microbatches % ways:
+    raise UserError(
+      f'{microbatches} microbatch(es) of {size // microbatches} examples do not divide over {ways} devices (mesh axes data x fsdp): '
+      f'choose a batch that is a multiple of {ways * microbatches}'
+    )

@@ -1,0 +1,201 @@
+r"""The batch: what every array in it means, how examples become rows, and how rows are filled.
+
+    name               shape                       meaning
+    inputs             [batch, length] int32       what the decoder reads: `targets` shifted right inside each segment, first 0
+    targets            [batch, length] int32       what it predicts: inputs then targets of the example; 0 = padding
+    weights            [batch, length] float32     1 where the prediction counts: on the example's targets
+    positions          [batch, length] int32       0, 1, 2 ... restarting in every segment
+    segments           [batch, length] int32       1, 2 ... per example in the row; 0 = padding
+    prefix             [batch, length] bool        keys that every query of the segment may see: positions 0 .. P, where
+                                                   P = length of the example's inputs (position 0 holds the start)
+    encoder/inputs     [batch, encoder] int32      encoder-decoder models only; then the decoder holds targets alone
+    encoder/positions, encoder/segments            as above; a decoder segment looks at the encoder segment of the same number
+
+`positions` and `segments` are absent where each row is one segment that starts at 0 (`concatenate`, no encoder), `prefix`
+is absent unless the model is a prefix decoder. What is absent never changes from batch to batch. Ids: 0 padding, 1 end of document.
+"""
+
+import functools
+from collections.abc import Callable
+from typing import NamedTuple
+
+import numpy as np
+
+from llm_jax.core.errors import UserError
+
+
+class Layout(NamedTuple):
+  """kind: 'causal', 'prefix' or 'encoder_decoder'. segments: whether positions and segments are emitted."""
+
+  kind: str
+  length: int
+  encoder_length: int
+  segments: bool
+
+
+class Plan(NamedTuple):
+  """Where each example goes: its row (-1: none), its first slot in the decoder and in the encoder; and how many rows there are."""
+
+  row: np.ndarray
+  at: np.ndarray
+  encoder_at: np.ndarray
+  rows: int
+
+
+class Rows(NamedTuple):
+  """A way to fill rows. windows: examples are windows of the stream of all documents, else pieces of single documents.
+
+  plan(slots, encoder_slots, length, encoder_length) -> Plan, for examples that need these numbers of slots.
+  """
+
+  windows: bool
+  plan: Callable[[np.ndarray, np.ndarray, int, int], Plan]
+
+
+def concatenate() -> Rows:
+  """One window of the stream per row, ignoring where documents begin and end (nanoGPT, GPT-2); no segments."""
+
+  def plan(slots, encoder_slots, length, encoder_length):
+    used = slots > 0
+    zero = np.zeros(len(slots), np.int64)
+    return Plan(np.where(used, np.cumsum(used) - 1, -1), zero, zero, int(used.sum()))
+
+  return Rows(True, plan)
+
+
+def pack(*, open_rows: int = 64) -> Rows:
+  """Pieces of documents, each in the first row with room for it, of at most `open_rows` rows; segments keep them apart."""
+  return Rows(False, functools.partial(first_fit, open_rows=open_rows))
+
+
+def pad() -> Rows:
+  """One piece of a document per row, padded."""
+  return Rows(False, concatenate().plan)
+
+
+def first_fit(
+  slots: np.ndarray, encoder_slots: np.ndarray, length: int, encoder_length: int, *, open_rows: int
+) -> Plan:
+  """First-fit bin packing in two dimensions, decoder and encoder. When too many rows are open the fullest is closed."""
+  row, at, encoder_at = (np.full(len(slots), -1, np.int64) for _ in range(3))
+  rows, bins = 0, []  # bins: [row, used, encoder used], oldest first
+  for i, (need, encoder_need) in enumerate(
+    zip(slots.tolist(), encoder_slots.tolist(), strict=True)
+  ):
+    if not need:
+      continue
+    most, encoder_most = length - need, encoder_length - encoder_need
+    for b in bins:
+      if b[1] <= most and b[2] <= encoder_most:
+        break
+    else:
+      b = [rows, 0, 0]
+      bins.append(b)
+      rows += 1
+    row[i], at[i], encoder_at[i] = b
+    b[1] += need
+    b[2] += encoder_need
+    if b[1] >= length - 1:
+      bins.remove(b)
+    elif len(bins) > open_rows:
+      bins.remove(max(bins, key=lambda b: b[1]))
+  return Plan(row, at, encoder_at, rows)
+
+
+def slots(layout: Layout, inputs: np.ndarray, targets: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+  """(decoder, encoder) slots for examples with these lengths of inputs and targets."""
+  if layout.kind == 'encoder_decoder':
+    return targets, np.where(targets > 0, np.maximum(inputs, 1), 0)
+  return inputs + targets, np.zeros_like(inputs)
+
+
+def empty(layout: Layout, rows: int) -> dict[str, np.ndarray]:
+  """Arrays for `rows` rows of padding."""
+  shape = (rows, layout.length)
+  batch = dict(
+    inputs=np.zeros(shape, np.int32),
+    targets=np.zeros(shape, np.int32),
+    weights=np.zeros(shape, np.float32),
+  )
+  if layout.segments:
+    batch.update(positions=np.zeros(shape, np.int32), segments=np.zeros(shape, np.int32))
+  if layout.kind == 'prefix':
+    batch['prefix'] = np.zeros(shape, bool)
+  if layout.kind == 'encoder_decoder':
+    for name in ('inputs', 'positions', 'segments'):
+      batch[f'encoder/{name}'] = np.zeros((rows, layout.encoder_length), np.int32)
+  return batch
+
+
+def put(
+  batch: dict[str, np.ndarray],
+  layout: Layout,
+  row: int,
+  segment: int,
+  at: int,
+  encoder_at: int,
+  example: tuple,
+) -> None:
+  """Writes one (inputs, targets) example into a row, in place, as its segment number `segment` (from 1)."""
+  inputs, targets = example
+  start, given = at, 0
+  if layout.kind == 'encoder_decoder':
+    inputs = (
+      inputs if len(inputs) else np.ones(1, np.int32)
+    )  # an encoder must have something to look at
+    span = slice(encoder_at, encoder_at + len(inputs))
+    batch['encoder/inputs'][row, span] = inputs
+    batch['encoder/positions'][row, span] = _arange(len(inputs))
+    batch['encoder/segments'][row, span] = segment
+  elif len(inputs):
+    given = len(inputs)
+    batch['targets'][row, start : start + given] = inputs
+  end = start + given + len(targets)
+  batch['targets'][row, start + given : end] = targets
+  batch['inputs'][row, start + 1 : end] = batch['targets'][row, start : end - 1]
+  batch['weights'][row, start + given : end] = 1
+  if layout.segments:
+    batch['positions'][row, start:end] = _arange(end - start)
+    batch['segments'][row, start:end] = segment
+  if layout.kind == 'prefix':
+    batch['prefix'][row, start : start + given + 1] = True
+
+
+_COUNT = np.arange(1 << 16, dtype=np.int32)
+
+
+def _arange(n: int) -> np.ndarray:
+  return _COUNT[:n] if n <= len(_COUNT) else np.arange(n, dtype=np.int32)
+
+
+def linear_ramp(index: int, *, start: int, stop: int, rows: int, sizes: int = 8) -> int:
+  """The number of rows in batch `index` when the batch grows linearly from `start` to `stop` rows over `rows` rows.
+
+  GPT-3 grows from 32K tokens to its full batch over the first 4 to 12 billion (Brown et al. 2020, table 2.1 and section
+  2.3). The sizes are multiples of `start`, at most `sizes` different ones, since every size is compiled once.
+  """
+  for count, size in _ramp_table(start, stop, rows, sizes):
+    if index < count:
+      return size
+    index -= count
+  return stop
+
+
+@functools.lru_cache(maxsize=16)
+def _ramp_table(start: int, stop: int, rows: int, sizes: int) -> tuple[tuple[int, int], ...]:
+  """(batches, rows per batch) of each step of the ramp before the full size."""
+  if not 0 < start < stop or stop % start or rows < stop or sizes < 2:
+    raise UserError(
+      f'a ramp needs start < stop, a multiple of it, over at least that many rows; got {start}, {stop}, {rows}, sizes {sizes}'
+    )
+  steps = min(sizes, stop // start)
+  multiples = sorted(
+    {max(1, round(1 + i * (stop // start - 1) / (steps - 1))) for i in range(steps)}
+  )[:-1]
+  table, done = [], 0
+  for i, multiple in enumerate(multiples):
+    until = rows * (i + 1) / len(multiples)
+    count = max(round((until - done) / (multiple * start)), 1)
+    table.append((count, multiple * start))
+    done += count * multiple * start
+  return tuple(table)

@@ -1,0 +1,314 @@
+r"""Vocabularies: text to ids and back, exactly, without TensorFlow.
+
+ids: 0 padding, 1 end of document, 2 unknown, then the pieces, then the mode tokens `[R] [S] [X]` (UL2; Tay et al. 2022,
+arXiv:2205.05131), then the sentinels in descending order as in T5 and SeqIO, `<extra_id_0>` last (arXiv:1910.10683).
+
+    pieces ... [R] [S] [X] <extra_id_99> ... <extra_id_1> <extra_id_0>
+
+`size` counts all of them: it is the number of rows the model's table needs. A marker spelt out in a text becomes its one id.
+Normalisation is `identity` unless asked otherwise, spaces and newlines are kept and unseen characters fall back to bytes,
+so `decode(encode(s)) == s` for every string that UTF-8 can write.
+"""
+
+import functools
+import hashlib
+import io
+import itertools
+import json
+import os
+import re
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from typing import Any, NamedTuple
+
+import numpy as np
+import sentencepiece as spm
+
+from llm_jax.core.errors import UserError, nearest
+from llm_jax.data import cache
+
+PAD, EOS, UNK = 0, 1, 2
+MODES = ('[R]', '[S]', '[X]')
+SPACE = '\u2581'  # how SentencePiece writes a space; a text's own U+2581 goes through its bytes
+_MODEL, _SETTINGS = 'sentencepiece.model', 'vocab.json'
+
+
+class Text(NamedTuple):
+  """What a vocabulary is trained on. read(limit) gives about `limit` bytes of it, spread evenly, the same every time."""
+
+  name: str
+  fingerprint: str
+  read: Callable[[int], Iterator[str]]
+
+
+def text_of(documents: Sequence[str]) -> Text:
+  """The `Text` of strings in memory."""
+  key = hashlib.sha256('\0'.join(documents).encode()).hexdigest()
+  return Text('documents', key, lambda limit: iter(documents))
+
+
+class _Vocabulary:
+  """What both vocabularies share: the markers around the pieces.
+
+  base: number of ids below the markers. modes: their spellings. extra_ids: number of sentinels.
+  """
+
+  pad, eos, unk = PAD, EOS, UNK
+
+  def __init__(self, base: int, extra_ids: int, modes: Sequence[str]):
+    self.base, self.extra_ids = base, extra_ids
+    self.modes: dict[str, int] = {m: base + i for i, m in enumerate(modes)}
+    self.size = base + len(modes) + extra_ids
+    self.sentinels = np.arange(self.size - 1, self.size - 1 - extra_ids, -1, dtype=np.int32)
+    self._markers = dict(
+      self.modes, **{f'<extra_id_{i}>': int(s) for i, s in enumerate(self.sentinels)}
+    )
+    self._spelling = {i: m for m, i in self._markers.items()}
+    starts = sorted({m[:10] for m in self._markers})  # cheap test before the regex
+    self._starts = starts
+    self._split = re.compile(
+      '(' + '|'.join(re.escape(m) for m in sorted(self._markers, key=len, reverse=True)) + ')'
+    )
+
+  def encode(self, text: str) -> list[int]:
+    """The ids of `text`, without end of document."""
+    if not any(s in text for s in self._starts):
+      return self._encode(text)
+    ids: list[int] = []
+    for part in self._split.split(text):
+      ids.extend([self._markers[part]] if part in self._markers else self._encode(part))
+    return ids
+
+  def decode(self, ids: Iterable[int]) -> str:
+    """The text of `ids`; padding and end of document give nothing, markers their spelling."""
+    parts = []
+    for is_marker, run in itertools.groupby(map(int, ids), key=lambda i: i >= self.base):
+      parts.append(
+        ''.join(self._spelling.get(i, '\ufffd') for i in run)
+        if is_marker
+        else self._decode(list(run))
+      )
+    return ''.join(parts)
+
+  @functools.cached_property
+  def piece_bytes(self) -> np.ndarray:
+    """int32 [size]: bytes of text each id stands for; over `encode(text)` they sum to `len(text.encode())`.
+
+    A marker counts its spelling. Under a normalisation other than `identity` the sum is that of the normalised text.
+    """
+    markers = [len(self._spelling[i].encode()) for i in range(self.base, self.size)]
+    return np.array(self._base_bytes() + markers, np.int32)
+
+  @property
+  def fingerprint(self) -> str:
+    """Changes when any id changes its meaning."""
+    return hashlib.sha256(
+      json.dumps(self._settings(), sort_keys=True).encode() + self._content()
+    ).hexdigest()[:16]
+
+  def save(self, folder: str) -> None:
+    """Writes what `load(folder)` reads."""
+    os.makedirs(folder, exist_ok=True)
+    if self._content():
+      with open(os.path.join(folder, _MODEL), 'wb') as f:
+        f.write(self._content())
+    with open(os.path.join(folder, _SETTINGS), 'w', encoding='utf-8') as f:
+      json.dump(self._settings(), f, indent=1)
+
+  def seqio(self) -> Any:
+    """This vocabulary as a `seqio.Vocabulary` with the same ids. Imports TensorFlow."""
+    from llm_jax.data import seqio_bridge
+
+    return seqio_bridge.vocabulary(self)
+
+  def _settings(self) -> dict:
+    return dict(
+      kind=type(self).__name__, extra_ids=self.extra_ids, modes=list(self.modes), size=self.size
+    )
+
+  def _content(self) -> bytes:
+    return b''
+
+
+class SentencePiece(_Vocabulary):
+  """A SentencePiece model (Kudo and Richardson 2018, arXiv:1808.06226) with markers after its pieces."""
+
+  def __init__(self, model: bytes, *, extra_ids: int, modes: Sequence[str] = MODES):
+    self.model = model
+    self.processor = spm.SentencePieceProcessor(model_proto=model)
+    ids = self.processor.pad_id(), self.processor.eos_id(), self.processor.unk_id()
+    if ids != (PAD, EOS, UNK):
+      raise UserError(
+        f'this SentencePiece model has pad, eos, unk = {ids}, not (0, 1, 2): train one with vocab.sentencepiece'
+      )
+    super().__init__(self.processor.get_piece_size(), extra_ids, modes)
+    bytes_of = [self.processor.piece_to_id(f'<0x{b:02X}>') for b in SPACE.encode()]
+    self._space_bytes = bytes_of if all(self.processor.is_byte(i) for i in bytes_of) else None
+
+  def _encode(self, text: str) -> list[int]:
+    if SPACE not in text or self._space_bytes is None:
+      return self.processor.encode(text)
+    first, *rest = text.split(SPACE)
+    ids = self.processor.encode(first)
+    for part in rest:
+      ids += self._space_bytes + self.processor.encode(part)
+    return ids
+
+  def _decode(self, ids: list[int]) -> str:
+    return self.processor.decode(ids)
+
+  def _base_bytes(self) -> list[int]:
+    p = self.processor
+    count = lambda i: 1 if p.is_byte(i) else len(p.id_to_piece(i).replace(SPACE, ' ').encode())
+    return [0 if p.is_control(i) or p.is_unknown(i) else count(i) for i in range(self.base)]
+
+  def _content(self) -> bytes:
+    return self.model
+
+
+class Bytes(_Vocabulary):
+  """The UTF-8 bytes themselves: id = byte + 3 (ByT5; Xue et al. 2021, arXiv:2105.13626)."""
+
+  def __init__(self, *, extra_ids: int, modes: Sequence[str] = MODES):
+    super().__init__(3 + 256, extra_ids, modes)
+
+  def _encode(self, text: str) -> list[int]:
+    return (np.frombuffer(text.encode(), np.uint8).astype(np.int32) + 3).tolist()
+
+  def _decode(self, ids: list[int]) -> str:
+    return bytes(i - 3 for i in ids if i >= 3).decode('utf-8', errors='replace')
+
+  def _base_bytes(self) -> list[int]:
+    return [0] * 3 + [1] * 256
+
+
+def bytes_(text: Text | None = None, *, extra_ids: int = 100, modes: tuple = MODES) -> Bytes:
+  """The byte vocabulary: nothing to train, 259 ids and the markers."""
+  del text
+  return Bytes(extra_ids=extra_ids, modes=modes)
+
+
+def sentencepiece(
+  text: Text,
+  *,
+  size: int = 1024,
+  model: str = 'bpe',
+  extra_ids: int = 100,
+  modes: tuple = MODES,
+  symbols: tuple = ('\n',),
+  normalization: str = 'identity',
+  coverage: float = 1.0,
+  sample: int = 10_000_000,
+) -> SentencePiece:
+  """A SentencePiece vocabulary trained on `text`, or the one trained before on the same text with the same settings.
+
+  size: ids in all, markers included. model: 'bpe' or 'unigram'. symbols: strings that are always one piece.
+  normalization: 'identity' (lossless) or 'nmt_nfkc'. coverage: fraction of the characters that get a piece of their
+  own, the rest is spelt in bytes. sample: train on about this many bytes, spread over the text.
+  Raises `UserError` when the text does not support `size` pieces, naming the largest it does.
+  """
+  for value, known in ((model, ('bpe', 'unigram')), (normalization, ('identity', 'nmt_nfkc'))):
+    if value not in known:
+      raise UserError(f'vocabulary setting {value!r} is unknown; {nearest(value, known)}')
+  settings = dict(
+    vocab_size=size - extra_ids - len(modes),
+    model_type=model,
+    user_defined_symbols=list(symbols),
+    normalization_rule_name=normalization,
+    character_coverage=coverage,
+  )
+  markers = extra_ids + len(modes)
+  if settings['vocab_size'] < 3 + 256 + len(symbols) + 1:
+    need = 3 + 256 + len(symbols) + markers + 1
+    raise UserError(
+      f'a vocabulary of {size} is too small: 256 bytes, {markers} markers and {3 + len(symbols)} symbols need {need}'
+    )
+  key = json.dumps([text.fingerprint, settings, sample, spm.__version__], sort_keys=True)
+  name = hashlib.sha256(key.encode()).hexdigest()[:16]
+
+  def make(folder: str) -> None:
+    SentencePiece(_train(text, settings, sample, markers), extra_ids=extra_ids, modes=modes).save(
+      folder
+    )
+
+  with open(os.path.join(cache.once('vocab', name, make), _MODEL), 'rb') as f:
+    return SentencePiece(f.read(), extra_ids=extra_ids, modes=modes)
+
+
+def file(
+  text: Text | None = None, *, path: str, extra_ids: int = 100, modes: tuple = MODES
+) -> SentencePiece:
+  """The SentencePiece model in the file `path`, for instance T5's, with markers after its pieces."""
+  del text
+  if not os.path.isfile(path):
+    folder = os.path.dirname(path) or '.'
+    known = [os.path.join(folder, f) for f in os.listdir(folder)] if os.path.isdir(folder) else []
+    raise UserError(f'no SentencePiece model {path!r}; {nearest(path, known)}')
+  with open(path, 'rb') as f:
+    content = f.read()
+  try:
+    return SentencePiece(content, extra_ids=extra_ids, modes=modes)
+  except RuntimeError as e:
+    raise UserError(
+      f'{path} is not a SentencePiece model: pass the .model file that spm_train wrote'
+    ) from e
+
+
+def load(folder: str) -> SentencePiece | Bytes:
+  """The vocabulary that `save(folder)` wrote."""
+  path = os.path.join(folder, _SETTINGS)
+  if not os.path.isfile(path):
+    raise UserError(
+      f'no vocabulary in {folder} ({_SETTINGS} is missing): pass the folder that training wrote, WORKDIR/vocab'
+    )
+  with open(path, encoding='utf-8') as f:
+    settings = json.load(f)
+  if settings['kind'] == 'Bytes':
+    return bytes_(extra_ids=settings['extra_ids'], modes=tuple(settings['modes']))
+  return file(
+    path=os.path.join(folder, _MODEL),
+    extra_ids=settings['extra_ids'],
+    modes=tuple(settings['modes']),
+  )
+
+
+def _train(text: Text, settings: dict, sample: int, markers: int) -> bytes:
+  lines = (
+    line.replace(SPACE, ' ')
+    for document in text.read(sample)
+    for line in document.splitlines(keepends=True)
+  )
+  head = next((line for line in lines if line.strip()), None)
+  if head is None:
+    raise UserError(f'no text to train a vocabulary on in {text.name}: the corpus is empty')
+  buffer = io.BytesIO()
+  try:
+    spm.SentencePieceTrainer.train(
+      sentence_iterator=itertools.chain([head], lines),
+      model_writer=buffer,
+      byte_fallback=True,
+      add_dummy_prefix=False,
+      remove_extra_whitespaces=False,
+      allow_whitespace_only_pieces=True,
+      pad_id=PAD,
+      eos_id=EOS,
+      unk_id=UNK,
+      bos_id=-1,
+      max_sentence_length=1 << 30,
+      num_threads=8,  # fixed: the unigram model's sums are split over the threads
+      minloglevel=2,
+      **settings,
+    )
+  except RuntimeError as e:
+    raise UserError(_explain(str(e), settings['vocab_size'], markers, text.name)) from e
+  return buffer.getvalue()
+
+
+def _explain(message: str, pieces: int, markers: int, name: str) -> str:
+  """SentencePiece's complaint as one line in terms of `size`."""
+  largest = re.search(r'<= (\d+)', message)
+  if largest:
+    return f'{name} supports a vocabulary of at most {int(largest[1]) + markers}, not {pieces + markers}: set size to that or less'
+  smallest = re.search(r'smaller than required_chars\. \d+ vs (\d+)', message)
+  if smallest:
+    return f'{name} needs a vocabulary of at least {int(smallest[1]) + markers}, not {pieces + markers}: raise size or lower coverage'
+  return f'SentencePiece could not train on {name}: {" ".join(message.split())}'

@@ -1,0 +1,158 @@
+"""Attention as mixers: `(x [batch, t, embed], ctx, state) -> (y [batch, t, embed], state)`.
+
+Without a state the call sees the whole sequence. With one it writes the new keys and values into the slots that equal
+their positions and looks at all slots up to its own position, so prefill and decoding are one call with different t. A slot at or
+beyond the state's length is not written.
+"""
+
+from collections.abc import Callable
+from typing import Any, NamedTuple
+
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+
+from llm_jax.core import mesh, weights
+from llm_jax.core.errors import UserError
+from llm_jax.model import kernels, param, positions
+from llm_jax.model.masks import Mask
+
+State = dict[str, jax.Array]
+
+
+class Context(NamedTuple):
+  """What every layer of a stack is told besides its input.
+
+  mask: who sees whom. positions: int [batch or 1, t]. bias: f32, broadcastable to [batch, heads, t, s], added to the logits.
+  rng: the layer's dropout key, None for none. encoded: [batch, s, embed], what cross-attention reads. encoded_mask: who
+  sees whom there.
+  """
+
+  mask: Mask
+  positions: jax.Array
+  bias: jax.Array | None = None
+  rng: jax.Array | None = None
+  encoded: jax.Array | None = None
+  encoded_mask: Mask = Mask()
+
+
+def _sizes(module: nn.Module, embed: int) -> tuple[int, int, int]:
+  """(heads, groups, head_dim) with the defaults filled in."""
+  heads, groups = module.heads, module.groups or module.heads
+  if heads % groups:
+    raise UserError(f'{heads} heads do not divide over {groups} groups of keys; choose groups that divide heads')
+  if module.head_dim is None and embed % heads:
+    raise UserError(f'embed={embed} does not divide by heads={heads}; set head_dim or change heads')
+  return heads, groups, module.head_dim or embed // heads
+
+
+def _project(module: nn.Module, name: str, x: jax.Array, letter: str, shape: tuple[int, int]) -> jax.Array:
+  """[b, t, embed] -> [b, t, heads or groups, head_dim]."""
+  axes = weights.axes_of(f'd{letter}k')
+  w = param.weight(module, name, (x.shape[-1], *shape), axes, name)
+  y = weights.einsum(f'btd,d{letter}k->bt{letter}k', x, w)
+  if module.bias:
+    y = weights.add(y, param.weight(module, f'{name}_bias', shape, axes[1:], param.zeros), f'{letter}k')
+  return y
+
+
+def _output(module: nn.Module, y: jax.Array, embed: int) -> jax.Array:
+  """[b, t, heads, head_dim] -> [b, t, embed]."""
+  shape, axes = (*y.shape[2:], embed), ('heads', 'head_dim', 'embed')
+  y = weights.einsum('bthk,hkd->btd', y, param.weight(module, 'out', shape, axes, 'attention_out'))
+  if module.bias:
+    y = weights.add(y, param.weight(module, 'out_bias', (embed,), ('embed',), param.zeros), 'd')
+  return y
+
+
+def _attend(module: nn.Module, q: jax.Array, k: jax.Array, v: jax.Array, mask: Mask, ctx: Context, bias: Any) -> jax.Array:
+  return module.kernel(
+    q, k, v, mask, bias, scale=module.scale, cap=module.cap, dropout=module.dropout, rng=ctx.rng
+  )
+
+
+def write(state: State, new: State, slots: jax.Array) -> State:
+  """The state with `new` [batch, t, ...] written at `slots` [batch, t]; a slot beyond the end is left out."""
+  rows = jnp.arange(slots.shape[0])[:, None]
+
+  def one(old: jax.Array, x: jax.Array) -> jax.Array:
+    out = jax.typeof(old).sharding if mesh.is_explicit() else None
+    return old.at[rows, slots].set(x.astype(old.dtype), mode='drop', out_sharding=out)
+
+  return {name: one(state[name], new[name]) for name in state}
+
+
+class SelfAttention(nn.Module):
+  """Multi-head, grouped-query or multi-query attention (Vaswani et al. 2017, arXiv:1706.03762, section 3.2).
+
+  heads: of the queries. groups: of keys and values, None = heads. head_dim: None = embed / heads. bias: on all four
+  projections. rotate: a rotation of queries and keys by their positions, or None. scale: of the logits, None = 1/sqrt(head_dim). cap: soft cap
+  of the logits. dropout: on the probabilities.
+  """
+
+  heads: int
+  groups: int | None = None
+  head_dim: int | None = None
+  bias: bool = False
+  rotate: Callable | None = positions.rope
+  kernel: Callable = kernels.reference
+  scale: float | None = None
+  cap: float | None = None
+  dropout: float = 0.0
+
+  @nn.compact
+  def __call__(self, x: jax.Array, ctx: Context, state: State | None = None) -> tuple[jax.Array, State | None]:
+    heads, groups, head_dim = _sizes(self, x.shape[-1])
+    q = _project(self, 'query', x, 'h', (heads, head_dim))
+    k = _project(self, 'key', x, 'g', (groups, head_dim))
+    v = _project(self, 'value', x, 'g', (groups, head_dim))
+    if self.rotate is not None:
+      q, k = self.rotate(q, ctx.positions), self.rotate(k, ctx.positions)
+    if state is not None:
+      state = write(state, dict(k=k, v=v), ctx.positions)
+      k, v = (state[name].astype(q.dtype) for name in ('k', 'v'))
+    return _output(self, _attend(self, q, k, v, ctx.mask, ctx, ctx.bias), x.shape[-1]), state
+
+  @nn.nowrap
+  def initial(self, batch: int, length: int, embed: int, dtype: Any) -> State:
+    """{k, v: zeros [batch, length, groups, head_dim]}."""
+    _, groups, head_dim = _sizes(self, embed)
+    return {name: jnp.zeros((batch, length, groups, head_dim), dtype) for name in ('k', 'v')}
+
+
+class CrossAttention(nn.Module):
+  """Attention of a decoder to `ctx.encoded`; fields as in `SelfAttention`.
+
+  Its state is the projected encoder output and who may see it: `{}` asks for it to be made, and once made `ctx.encoded` is not read.
+  """
+
+  heads: int
+  groups: int | None = None
+  head_dim: int | None = None
+  bias: bool = False
+  kernel: Callable = kernels.reference
+  scale: float | None = None
+  cap: float | None = None
+  dropout: float = 0.0
+
+  @nn.compact
+  def __call__(self, x: jax.Array, ctx: Context, state: State | None = None) -> tuple[jax.Array, State | None]:
+    heads, groups, head_dim = _sizes(self, x.shape[-1])
+    q = _project(self, 'query', x, 'h', (heads, head_dim))
+    mask = ctx.encoded_mask
+    if state:
+      k, v = (state[name].astype(q.dtype) for name in ('k', 'v'))
+      mask = Mask(segments=(jnp.ones(x.shape[:2], jnp.int32), state['segments']))
+    else:
+      k = _project(self, 'key', ctx.encoded, 'g', (groups, head_dim))
+      v = _project(self, 'value', ctx.encoded, 'g', (groups, head_dim))
+    if state is not None and not state:
+      seen = jnp.ones(k.shape[:2], jnp.int32) if mask.segments is None else mask.segments[1]
+      state = dict(k=k, v=v, segments=(seen > 0).astype(jnp.int32))
+    return _output(self, _attend(self, q, k, v, mask, ctx, None), x.shape[-1]), state
+
+  @nn.nowrap
+  def initial(self, batch: int, length: int, embed: int, dtype: Any) -> State:
+    """{}: made from the encoder's output on the first call."""
+    del batch, length, embed, dtype
+    return {}

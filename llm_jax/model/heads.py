@@ -1,0 +1,76 @@
+"""The two ends of the model: token ids to vectors, vectors to logits."""
+
+from typing import Any
+
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+
+from llm_jax.core import weights
+from llm_jax.model import param
+from llm_jax.model.dropout import dropout as drop
+
+
+class Embedding(nn.Module):
+  """A vector for every id.
+
+  scaled: times sqrt(embed) (Vaswani et al. 2017, section 3.4). dropout: on the result, positions included. gradient: the share a of the
+  gradient that reaches the table, e = a * e + (1 - a) * stop_gradient(e) (GLM-130B, Zeng et al. 2022, arXiv:2210.02414, section 3.1: 0.1).
+  """
+
+  scaled: bool = False
+  dropout: float = 0.0
+  gradient: float = 1.0
+
+  @nn.compact
+  def __call__(self, ids: jax.Array, rows: int, embed: int, dtype: Any) -> jax.Array:
+    """ids: int [batch, t], rows: of the table. Returns [batch, t, embed]."""
+    table = param.weight(self, 'table', (rows, embed), ('vocab', 'embed'), 'embedding')
+    x = weights.lookup(table, ids, dtype=dtype)
+    if self.gradient != 1.0:
+      x = self.gradient * x + (1 - self.gradient) * jax.lax.stop_gradient(x)
+    return x * jnp.asarray(embed**0.5, dtype) if self.scaled else x
+
+  @nn.nowrap
+  def finish(self, x: jax.Array, rng: jax.Array | None) -> jax.Array:
+    """Dropout, once the positions are in."""
+    return drop(x, self.dropout, rng)
+
+
+class Tied(nn.Module):
+  """Logits from the embedding table (Press & Wolf 2017, arXiv:1608.05859).
+
+  scaled: x / sqrt(embed) first, for tables of N(0, 1) (T5, PaLM). cap: cap * tanh(logits / cap) (Gemma 2).
+  """
+
+  scaled: bool = False
+  cap: float | None = None
+
+  reads = 'embedding'
+
+  @nn.compact
+  def __call__(self, x: jax.Array, rows: int, table: Any) -> jax.Array:
+    """x: [batch, t, embed], table: [rows, embed]. Returns f32 [batch, t, rows]."""
+    if self.scaled:
+      x = x * jnp.asarray(x.shape[-1] ** -0.5, x.dtype)
+    return soft_cap(weights.einsum('btd,vd->btv', x, table, dtype=jnp.float32), self.cap)
+
+
+class Untied(nn.Module):
+  """Logits from a matrix of their own. cap: as in `Tied`."""
+
+  cap: float | None = None
+
+  reads = 'head'
+
+  @nn.compact
+  def __call__(self, x: jax.Array, rows: int, table: Any) -> jax.Array:
+    """x: [batch, t, embed]. Returns f32 [batch, t, rows]."""
+    del table
+    w = param.weight(self, 'w', (x.shape[-1], rows), ('embed', 'vocab'), 'head')
+    return soft_cap(weights.einsum('btd,dv->btv', x, w, dtype=jnp.float32), self.cap)
+
+
+def soft_cap(logits: jax.Array, cap: float | None) -> jax.Array:
+  """cap * tanh(logits / cap), or the logits as they are."""
+  return logits if cap is None else cap * jnp.tanh(logits / cap)

@@ -1,0 +1,46 @@
+"""Initialisation recipes: the standard deviation of every weight by its role (OPT-019).
+
+A recipe is `(role, shape, axes, embed, residuals) -> initialiser`, with `residuals` the number of residual additions in the
+stack (2 per decoder block). All of them draw from a normal distribution; scales start at 1 and biases at 0.
+Roles: embedding, positions, query, key, value, attention_out, ffn_in, ffn_out, head, buckets.
+"""
+
+import jax
+
+from llm_jax.model import param
+
+
+def normal(std: float) -> param.Initializer:
+  """N(0, std^2) in float32."""
+  return lambda key, shape: std * jax.random.normal(key, shape)
+
+
+def gpt2(role: str, shape: tuple, axes: tuple, embed: int, residuals: int, *, std: float = 0.02) -> param.Initializer:
+  """0.02 everywhere, the projections back into the residual stream divided by the root of the number of residual
+  additions (Radford et al. 2019, section 2.3)."""
+  del shape, axes, embed
+  return normal(std / residuals**0.5 if role in ('attention_out', 'ffn_out') else std)
+
+
+def t5(role: str, shape: tuple, axes: tuple, embed: int, residuals: int) -> param.Initializer:
+  """1/sqrt(fan_in), with the missing 1/sqrt(head_dim) of the attention logits folded into the query weights and
+  an embedding of N(0, 1) (Raffel et al. 2020, arXiv:1910.10683; the constants are those of the Mesh TensorFlow code).
+
+  Use it with `SelfAttention(scale=1.0)` and, when the head is tied, `Tied(scaled=True)`.
+  """
+  del residuals
+  if role == 'embedding':
+    return normal(1.0)
+  if role in ('buckets', 'positions'):
+    return normal(embed**-0.5)
+  head_dim = shape[axes.index('head_dim')] if role == 'query' else 1
+  return normal((param.fan_in(shape, axes) * head_dim) ** -0.5)
+
+
+def palm(role: str, shape: tuple, axes: tuple, embed: int, residuals: int) -> param.Initializer:
+  """1/sqrt(fan_in) and an embedding of N(0, 1), because embeddings are not normalised (Chowdhery et al. 2022,
+  arXiv:2204.02311, section 5). Use it with `Tied(scaled=True)`."""
+  del residuals
+  if role == 'embedding':
+    return normal(1.0)
+  return normal(embed**-0.5 if role in ('buckets', 'positions') else param.fan_in(shape, axes) ** -0.5)

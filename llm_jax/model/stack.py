@@ -1,0 +1,182 @@
+"""Layers as patterns, and the runners that execute them.
+
+A stack is a sequence of segments; a segment repeats a pattern of blocks. Its parameters are
+`{'block_0': ..., 'block_1': ...}` with every leaf stacked over the repeats on axis 0 (named `layers`), whoever
+runs it: a checkpoint never depends on how it was executed. A runner is
+
+    runner(apply, params, x, states, repeats, *, remat) -> (x, states, aux)
+    apply(params of one repeat, x, states of one repeat, index) -> (x, states, aux)
+
+with `aux` a dict of scalars, summed over the layers.
+"""
+
+import functools
+from collections.abc import Callable
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+
+from llm_jax.core.errors import UserError, nearest
+from llm_jax.model import param
+from llm_jax.model.attention import Context
+from llm_jax.model.block import OUTPUT, Block
+from llm_jax.model.masks import Mask
+
+# What the backward pass finds saved: everything, nothing but the inputs of the layers, the outputs of the weight
+# products, or the outputs of the sublayers.
+REMAT = dict(
+  none=None,
+  full=jax.checkpoint_policies.nothing_saveable,
+  dots=jax.checkpoint_policies.dots_with_no_batch_dims_saveable,
+  names=jax.checkpoint_policies.save_only_these_names(OUTPUT),
+)
+
+
+class Segment(NamedTuple):
+  """A pattern of blocks, repeated."""
+
+  blocks: tuple[Block, ...]
+  repeats: int
+
+
+def segments(layers: int | tuple, block: Callable | tuple) -> tuple[Segment, ...]:
+  """The segments of a stack.
+
+  layers: the number of blocks, or one number per segment. block: a block factory, or a tuple of them as the repeating pattern; with
+  several segments one of these per segment. Raises `UserError` when a pattern does not divide its layers.
+  """
+  if not isinstance(layers, tuple):
+    layers, block = (layers,), (block,)
+  if not isinstance(block, tuple) or len(block) != len(layers):
+    raise UserError(f'layers={layers} names {len(layers)} segments: give `block` as many patterns')
+  found = []
+  for n, pattern in zip(layers, block, strict=True):
+    blocks = tuple(make() for make in (pattern if isinstance(pattern, tuple) else (pattern,)))
+    if n < 1 or n % len(blocks):
+      raise UserError(f'layers={n} is no multiple of the pattern of {len(blocks)} blocks')
+    found.append(Segment(blocks, n // len(blocks)))
+  return tuple(found)
+
+
+def keys(stack: tuple[Segment, ...]) -> list[str]:
+  """Where the segments' parameters and states lie: `layers`, `layers_1`, ..."""
+  return ['layers' if not i else f'layers_{i}' for i in range(len(stack))]
+
+
+def declare(stack: tuple[Segment, ...], embed: int) -> dict:
+  """The declared weights of all segments, stacked."""
+  x = jnp.zeros((1, 1, embed))
+  ctx = Context(Mask(), jnp.zeros((1, 1), jnp.int32), encoded=x)
+  return {
+    key: {
+      f'block_{i}': param.stack(param.declare(block, x, ctx), segment.repeats)
+      for i, block in enumerate(segment.blocks)
+    }
+    for key, segment in zip(keys(stack), stack, strict=True)
+  }
+
+
+def initial(stack: tuple[Segment, ...], batch: int, length: int, embed: int, dtype: Any) -> dict:
+  """States of an empty context: like the parameters, leaves [repeats, batch, ...]."""
+
+  def one(block: Block, repeats: int) -> dict:
+    state = block.initial(batch, length, embed, dtype)
+    return jax.tree.map(lambda x: jnp.broadcast_to(x, (repeats, *x.shape)), state)
+
+  return {
+    key: {f'block_{i}': one(block, segment.repeats) for i, block in enumerate(segment.blocks)}
+    for key, segment in zip(keys(stack), stack, strict=True)
+  }
+
+
+def run(
+  stack: tuple[Segment, ...], runner: Callable, params: dict, x: jax.Array, ctx: Context, states: dict | None
+) -> tuple[jax.Array, dict | None, dict[str, jax.Array]]:
+  """All segments, one after the other. x: [batch, t, embed]."""
+  after, total, first = {}, {}, 0
+  for key, segment in zip(keys(stack), stack, strict=True):
+    apply = _repeat(segment.blocks, ctx, first)
+    state = None if states is None else states[key]
+    x, after[key], aux = runner(apply, params[key], x, state, segment.repeats)
+    total = add(total, aux)
+    first += segment.repeats * len(segment.blocks)
+  return x, None if states is None else after, total
+
+
+def _repeat(blocks: tuple[Block, ...], ctx: Context, first: int) -> Callable:
+  """One repeat of a pattern as a function for a runner; `first` is the number of its first block in the stack."""
+
+  def apply(params: dict, x: jax.Array, states: dict | None, index: Any) -> tuple:
+    after, total = {}, {}
+    for i, block in enumerate(blocks):
+      name, told = f'block_{i}', ctx
+      if ctx.rng is not None:
+        told = ctx._replace(rng=jax.random.fold_in(ctx.rng, first + index * len(blocks) + i))
+      state = None if states is None else states[name]
+      x, after[name], aux = block.apply({'params': params[name]}, x, told, state)
+      total = add(total, aux)
+    return x, None if states is None else after, total
+
+  return apply
+
+
+def add(a: dict[str, jax.Array], b: dict[str, jax.Array]) -> dict[str, jax.Array]:
+  """The sums by name of two dicts of scalars."""
+  return {**a, **{name: a[name] + value if name in a else value for name, value in b.items()}}
+
+
+def _policy(remat: str) -> Callable | None:
+  if remat not in REMAT:
+    raise UserError(f'no remat policy {remat!r}; {nearest(remat, REMAT)}')
+  return REMAT[remat]
+
+
+def scan(
+  apply: Callable, params: dict, x: jax.Array, states: dict | None, repeats: int, *, remat: str = 'none'
+) -> tuple[jax.Array, dict | None, dict[str, jax.Array]]:
+  """`jax.lax.scan` over the repeats: one layer is compiled, however many there are."""
+  policy = _policy(remat)
+  if policy is not None:  # the loop itself keeps XLA from undoing the recomputation
+    apply = jax.checkpoint(apply, policy=policy, prevent_cse=False)
+
+  def body(x: jax.Array, one: tuple) -> tuple:
+    x, states, aux = apply(one[0], x, one[1], one[2])
+    return x, (states, aux)
+
+  x, (states, aux) = jax.lax.scan(body, x, (params, states, jnp.arange(repeats)))
+  return x, states, jax.tree.map(lambda a: a.sum(0), aux)
+
+
+def loop(
+  apply: Callable, params: dict, x: jax.Array, states: dict | None, repeats: int, *, remat: str = 'none'
+) -> tuple[jax.Array, dict | None, dict[str, jax.Array]]:
+  """One copy of the program per repeat: slower to compile, no stacking of what the backward pass needs."""
+  policy = _policy(remat)
+  if policy is not None:
+    apply = jax.checkpoint(apply, policy=policy)
+  layers, total, after = _unstack(params, repeats), {}, []
+  for i in range(repeats):
+    state = jax.tree.map(lambda s, i=i: s[i], states)
+    x, state, aux = apply(layers[i], x, state, i)
+    after.append(state)
+    total = add(total, aux)
+  return x, None if states is None else jax.tree.map(lambda *s: jnp.stack(s), *after), total
+
+
+def _unstack(tree: Any, n: int) -> list[Any]:
+  """The trees of the n slices along axis 0 of every leaf, with a gradient that is one `stack` per leaf.
+
+  Indexing n times would give n gradients of the full size, each zero but for one slice, to be summed.
+  """
+  leaves, treedef = jax.tree.flatten(tree)
+  slices = [_slices(leaf, n) if jnp.issubdtype(leaf.dtype, jnp.inexact) else list(leaf) for leaf in leaves]
+  return [treedef.unflatten([s[i] for s in slices]) for i in range(n)]
+
+
+@functools.partial(jax.custom_vjp, nondiff_argnums=(1,))
+def _slices(w: jax.Array, n: int) -> tuple[jax.Array, ...]:
+  return tuple(w[i] for i in range(n))
+
+
+_slices.defvjp(lambda w, n: (_slices(w, n), None), lambda n, _, g: (jnp.stack(g),))

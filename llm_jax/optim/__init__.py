@@ -1,0 +1,1 @@
+"""Learning-rate schedules, update rules, clipping, decay, averaging and batch-size ramps. optax first; own code where it has none."""

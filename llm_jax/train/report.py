@@ -1,0 +1,73 @@
+"""What a run tells a person: where it writes, and at the end what came out and what to try next."""
+
+import json
+import os
+from typing import Any
+
+import jax
+
+from llm_jax.core.errors import UserError
+
+
+def open_workdir(workdir: str | None) -> str:
+  """The absolute workdir, made and proved writable before any work is done."""
+  if not workdir:
+    raise UserError('name a folder for checkpoints and metrics: --workdir=runs/NAME')
+  workdir = os.path.abspath(os.path.expanduser(workdir))
+  try:
+    os.makedirs(workdir, exist_ok=True)
+    probe = os.path.join(workdir, f'.probe.{os.getpid()}')
+    with open(probe, 'w', encoding='utf-8') as f:
+      f.write('writable')
+    os.remove(probe)
+  except OSError as e:
+    reason = (e.strerror or str(e)).lower()
+    raise UserError(f'cannot write to --workdir={workdir} ({reason}): choose another folder or make room') from e
+  return workdir
+
+
+def record(workdir: str, config_json: str, vocab: Any) -> None:
+  """Writes the config and the vocabulary beside the checkpoints, so that the workdir is all that `generate` needs."""
+  if jax.process_index() == 0:
+    target = os.path.join(workdir, 'config.json')
+    with open(f'{target}.new', 'w', encoding='utf-8') as f:
+      f.write(config_json)
+    os.replace(f'{target}.new', target)
+    vocab.save(os.path.join(workdir, 'vocab'))
+
+
+def last_value(workdir: str, name: str) -> float | None:
+  """The newest value of a metric in `metrics.jsonl`, None when it was never written."""
+  path, value = os.path.join(workdir, 'metrics.jsonl'), None
+  if os.path.exists(path):
+    with open(path, encoding='utf-8') as f:
+      for line in f:
+        value = json.loads(line).get(name, value)
+  return value
+
+
+def finish(run: Any, state: Any) -> int:
+  """Waits for the last checkpoint and prints the summary; returns the exit code 0."""
+  run.saver.wait()
+  run.writer.close()
+  run.source.close()
+  if jax.process_index() == 0:
+    print(summary(run.workdir, int(state.step), run.steps), flush=True)
+  return 0
+
+
+def summary(workdir: str, step: int, steps: int) -> str:
+  """The closing lines of a run: the result, where everything lies, three commands to try next."""
+  here = os.path.relpath(workdir) if not os.path.relpath(workdir).startswith('..') else workdir
+  bits, loss = last_value(workdir, 'heldout/bits_per_byte'), last_value(workdir, 'loss')
+  result = f'held-out text: {bits:.3f} bits per byte' if bits is not None else f'training loss: {loss:.4f} nats per token' if loss is not None else ''
+  places = [('checkpoints/', 'weights, optimizer, data position'), ('metrics.jsonl', 'every number, one JSON object a line'),
+            ('tensorboard/', f'tensorboard --logdir={here}'), ('loss.png', 'the loss curves'), ('samples.txt', 'the samples'),
+            ('config.json', 'the config this run used')]  # fmt: skip
+  kept = [(name, what) for name, what in places if os.path.exists(os.path.join(workdir, name))]
+  lines = [f'Finished: step {step} of {steps}. {result}'.rstrip(), '', f'In {here}:']
+  lines += [f'  {name:14}{what}' for name, what in kept]
+  lines += ['', 'Try next:', f'  llm-jax generate --workdir={here} --prompt="ROMEO:"']
+  lines += [f'  llm-jax train --config={here}/config.json --config.steps={2 * steps} --workdir={here}   # go on']
+  lines += ['  llm-jax train --config=configs/pretrain/ul2.py --workdir=runs/ul2   # another objective']
+  return '\n' + '\n'.join(lines)
