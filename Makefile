@@ -33,7 +33,7 @@ docs: dev  ## docs/html: one page per package, from the docstrings
 	@echo 'open docs/html/llm_jax.html'
 
 notebook: dev  ## run the notebooks and keep what they print
-	@JAX_PLATFORMS=cpu $(BIN)/jupyter execute --inplace notebooks/*.ipynb
+	@UPDATE=1 $(BIN)/python -m pytest -q tests/test_notebooks.py
 
 bench: dev  ## the figures the README quotes
 	@$(BIN)/python -m benchmarks $(ARGS)

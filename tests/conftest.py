@@ -1,4 +1,8 @@
-"""One environment for all tests: CPU, eight virtual devices, a compilation cache that outlives the run, caches of our own in a temporary folder."""
+"""One environment for all tests: CPU, eight virtual devices, compiled programs kept between runs.
+
+`LLM_JAX_TEST_CACHE` names the folder of the compiled programs (default: pytest's cache); data caches live in
+a temporary folder.
+"""
 
 import os
 import shutil
@@ -8,13 +12,16 @@ os.environ.setdefault('JAX_PLATFORMS', 'cpu')
 os.environ.setdefault('TF_CPP_MIN_LOG_LEVEL', '3')
 os.environ['JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS'] = '0'
 if 'xla_force_host_platform_device_count' not in os.environ.get('XLA_FLAGS', ''):
-  os.environ['XLA_FLAGS'] = (os.environ.get('XLA_FLAGS', '') + ' --xla_force_host_platform_device_count=8').strip()
+  os.environ['XLA_FLAGS'] = (
+    os.environ.get('XLA_FLAGS', '') + ' --xla_force_host_platform_device_count=8'
+  ).strip()
 
 
 def pytest_configure(config):
   """The cache folders have to be named before anything imports jax."""
-  os.environ['JAX_COMPILATION_CACHE_DIR'] = os.environ.get('LLM_JAX_TEST_CACHE') or str(config.cache.mkdir('jax'))
   config.llm_jax_cache = os.environ['LLM_JAX_CACHE'] = tempfile.mkdtemp(prefix='llm_jax_tests_')
+  kept = config.cache.mkdir('jax') if hasattr(config, 'cache') else f'{config.llm_jax_cache}/jax'
+  os.environ['JAX_COMPILATION_CACHE_DIR'] = os.environ.get('LLM_JAX_TEST_CACHE') or str(kept)
 
 
 def pytest_unconfigure(config):

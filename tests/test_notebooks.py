@@ -1,4 +1,4 @@
-"""The notebooks run from top to bottom and print what is stored in them."""
+"""The notebooks run from top to bottom and print what is stored in them. `make notebook` stores it anew."""
 
 import os
 import pathlib
@@ -25,20 +25,17 @@ def printed(cell) -> str:
 
 @pytest.mark.parametrize('path', NOTEBOOKS, ids=lambda p: p.stem)
 def test_it_runs_and_prints_what_it_shows(path, monkeypatch):
-  monkeypatch.setenv(
-    'PYTHONPATH', os.pathsep.join(filter(None, [str(ROOT), os.environ.get('PYTHONPATH')]))
-  )
-  stored = nbformat.read(path, as_version=4)
-  nbformat.validate(stored)
-  fresh = nbformat.from_dict(stored)
-  client = nbclient.NotebookClient(
-    fresh, timeout=300, kernel_name='python3', resources={'metadata': {'path': str(path.parent)}}
-  )
-  before = [printed(cell) for cell in stored.cells if cell.cell_type == 'code']
-  client.execute()
-  after = [printed(cell) for cell in fresh.cells if cell.cell_type == 'code']
-  assert after == before, 'run `make notebook` and look at what changed'
-  assert any(before)
+  python_path = filter(None, [str(ROOT), os.environ.get('PYTHONPATH')])
+  monkeypatch.setenv('PYTHONPATH', os.pathsep.join(python_path))
+  notebook = nbformat.read(path, as_version=4)
+  shown = [printed(cell) for cell in notebook.cells if cell.cell_type == 'code']
+  where = {'metadata': {'path': str(path.parent)}}
+  nbclient.NotebookClient(notebook, timeout=300, record_timing=False, resources=where).execute()
+  if 'UPDATE' in os.environ:  # make notebook
+    nbformat.write(notebook, path)
+  else:
+    fresh = [printed(cell) for cell in notebook.cells if cell.cell_type == 'code']
+    assert fresh == shown, 'run `make notebook` and look at what changed'
 
 
 @pytest.mark.parametrize('path', NOTEBOOKS, ids=lambda p: p.stem)
@@ -46,9 +43,7 @@ def test_it_says_nothing_of_a_machine(path):
   notebook = nbformat.read(path, as_version=4)
   text = '\n'.join(cell.source + printed(cell) for cell in notebook.cells)
   assert not re.search(r'/(home|root|Users|tmp|usr)/', text)
-  assert [cell.execution_count for cell in notebook.cells if cell.cell_type == 'code'] == [
-    i + 1 for i in range(sum(cell.cell_type == 'code' for cell in notebook.cells))
-  ]
+  assert not [o for c in notebook.cells for o in c.get('outputs', []) if o.get('name') == 'stderr']
 
 
 def test_there_is_one():

@@ -1,23 +1,36 @@
 r"""The size ladder of GPT-3 (Brown et al. 2020, arXiv:2005.14165, table 2.1), from 125M to 175B parameters.
 
-  llm-jax train --config=configs/pretrain/gpt3.py:small --config.source.task.data_dir=DIR --workdir=runs/gpt3
+  TFDS_DATA_DIR=DIR llm-jax train --config=configs/pretrain/gpt3.py:small --workdir=runs/gpt3
   llm-jax train --config=configs/pretrain/gpt3.py:175b --config.mesh.tensor=8 --config.microbatches=4 --workdir=DIR
   llm-jax train --config=configs/pretrain/gpt3.py:small,data=shakespeare --config.steps=100 --workdir=runs/try
 
-Sizes: small, medium, large, xl, 2.7b, 6.7b, 13b, 175b. Differs from lm.py in the architecture (learned positions, LayerNorm,
-biases, GELU), in AdamW with a cosine to 10 % over 260B tokens after a warm-up of 375M, in a batch that grows from 32K tokens,
-and in weights split over all devices. XL has 16 heads and 13B is 5,120 wide: the 24 and 5,140 of the paper's table do not
-give its own totals. All layers are dense (the paper alternates with banded ones), the text is C4, and bf16 replaces fp16.
+Sizes: small, medium, large, xl, 2.7b, 6.7b, 13b, 175b. Differs from lm.py in the architecture
+(learned positions, LayerNorm, biases, GELU), in AdamW with a cosine to 10 % over 260B tokens after
+a warm-up of 375M, in a batch that grows from 32K tokens, and in weights split over all devices. XL
+has 16 heads and 13B is 5,120 wide: the 24 and 5,140 of the paper's table do not give its own
+totals. All layers are dense (the paper alternates with banded ones), the text is C4, and bf16
+replaces fp16.
 
-Expect the paper's fit, 2.57 C^-0.048 nats per token for C petaFLOP/s-days: 2.46 for small, 1.73 for 175B (on its text and
-vocabulary).
+Expect the paper's fit, 2.57 C^-0.048 nats per token for C petaFLOP/s-days: 2.46 for small, 1.73 for
+175B (on its text and vocabulary).
 """
 
 from configs.pretrain import lm
 from llm_jax.core.config import build, use, variant
 from llm_jax.core.errors import UserError, nearest
 from llm_jax.data import batch as batch_lib
-from llm_jax.model import attention, block, ffn, heads, init, kernels, norms, positions, stack, transformer
+from llm_jax.model import (
+  attention,
+  block,
+  ffn,
+  heads,
+  init,
+  kernels,
+  norms,
+  positions,
+  stack,
+  transformer,
+)
 from llm_jax.optim import chain, rules, schedules
 
 TOKENS, DECAY, WARMUP, LENGTH = 300 * 10**9, 260 * 10**9, 375 * 10**6, 2048
@@ -38,7 +51,7 @@ SIZES = {
 def get_config(text=None):
   arg = variant(text, size='small', data='c4')
   layers, embed, query_heads, batch, peak, grown = pick(arg.size, SIZES)
-  ramp = use(batch_lib.linear_ramp, start=16, stop=batch, rows=grown * 10**9 // LENGTH)
+  ramp = use(batch_lib.linear_ramp, start=16, stop=batch, rows=grown * 10**9 // LENGTH, sizes=16)
   steps, decay, warmup = (updates(tokens, batch, build(ramp)) for tokens in (TOKENS, DECAY, WARMUP))
   c = large_run(arg.data, batch, steps, vocab=50_257)
   c.model = model(layers, embed, query_heads)
@@ -71,7 +84,7 @@ def large_run(data, batch, steps, vocab):
     c.hooks.samples.prompts = ('The meaning of life is',)
   c.objective.z_loss = 0.0
   c.mesh.data, c.mesh.fsdp = 1, -1
-  c.hooks.heldout.every = c.checkpoint.every = 1000
+  c.checkpoint.every, c.hooks.heldout.every = 1000, 10_000  # the held-out split of C4 has 175M tokens
   return c
 
 
@@ -79,7 +92,13 @@ def model(layers, embed, query_heads):
   layer_norm = use(norms.LayerNorm)
   layer = use(
     block.decoder,
-    mixer=use(attention.SelfAttention, heads=query_heads, bias=True, rotate=None, kernel=use(kernels.dot_product)),
+    mixer=use(
+      attention.SelfAttention,
+      heads=query_heads,
+      bias=True,
+      rotate=None,
+      kernel=use(kernels.dot_product),
+    ),
     ffn=use(ffn.MLP, hidden=4 * embed, bias=True, activation=use(ffn.gelu_tanh)),
     norm=layer_norm,
     residual=use(norms.pre),

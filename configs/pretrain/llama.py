@@ -1,19 +1,30 @@
 r"""The size ladder of LLaMA (Touvron et al. 2023, arXiv:2302.13971, table 2): 7B, 13B, 33B, 65B parameters.
 
-  llm-jax train --config=configs/pretrain/llama.py:7b --config.source.task.data_dir=DIR --workdir=runs/llama
+  TFDS_DATA_DIR=DIR llm-jax train --config=configs/pretrain/llama.py:7b --workdir=runs/llama
   llm-jax train --config=configs/pretrain/llama.py:65b --config.mesh.tensor=8 --config.microbatches=4 --workdir=DIR
 
-Differs from gpt3.py in the architecture (RMSNorm, RoPE, SwiGLU of width 8d/3, no biases, an output matrix of its own), in
-a constant batch of 4M tokens and a warm-up of 2,000 updates; the cosine ends with the 1.0T tokens (7b, 13b) or 1.4T (33b, 65b).
-The text is C4, one of the paper's seven corpora.
+Differs from gpt3.py in the architecture (RMSNorm, RoPE, SwiGLU of width 8d/3, no biases, an output
+matrix of its own), in a constant batch of 4M tokens and a warm-up of 2,000 updates; the cosine ends
+with the 1.0T tokens (7b, 13b) or 1.4T (33b, 65b). The text is C4, one of the paper's seven corpora.
 
-Expect, of the paper's figure 1, a training loss of about 1.75 nats per token for 7b and 1.55 for 65b at the end; 82,432 and
-1,022,362 A100-hours, that is 44 % and 48 % of the devices' peak.
+Expect, of the paper's figure 1, a training loss of about 1.75 nats per token for 7b and 1.55 for
+65b at the end; 82,432 and 1,022,362 A100-hours, that is 44 % and 48 % of the devices' peak.
 """
 
 from configs.pretrain import gpt3
 from llm_jax.core.config import use, variant
-from llm_jax.model import attention, block, ffn, heads, init, kernels, norms, positions, stack, transformer
+from llm_jax.model import (
+  attention,
+  block,
+  ffn,
+  heads,
+  init,
+  kernels,
+  norms,
+  positions,
+  stack,
+  transformer,
+)
 
 BATCH = 2048  # sequences of 2,048 tokens
 # layers, embed, heads, peak learning rate, billions of tokens
@@ -38,7 +49,12 @@ def get_config(text=None):
 def model(layers, embed, query_heads):
   layer = use(
     block.decoder,
-    mixer=use(attention.SelfAttention, heads=query_heads, rotate=use(positions.rope), kernel=use(kernels.dot_product)),
+    mixer=use(
+      attention.SelfAttention,
+      heads=query_heads,
+      rotate=use(positions.rope),
+      kernel=use(kernels.dot_product),
+    ),
     ffn=use(ffn.Gated, hidden=ffn.llama_hidden(embed), activation=use(ffn.silu)),
     norm=use(norms.RMSNorm, eps=1e-6),
     residual=use(norms.pre),

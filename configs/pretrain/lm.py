@@ -36,7 +36,7 @@ def get_config(text=None):
     steps=arg.steps,
     microbatches=1,
     trainable=None,
-    init_from=None,
+    init=dict(init_from=None, rename=(), only=None),
     hooks=hook_set(source, every=max(1, arg.steps // 10)),
     checkpoint=dict(every=max(1, arg.steps // 4), keep=3),
     log_every=10,
@@ -73,8 +73,6 @@ def optimizer(steps):
 def hook_set(source, every):
   heldout = use(pipeline.make, **{**settings(source), 'split': 'validation', 'shuffle': False, 'jitter': False})
   return dict(
-    stop=use(hooks.preemption),
-    nan=use(hooks.stop_on_nan),
     heldout=use(hooks.evaluate, source=heldout, objective=use(language.next_token), every=every),
     samples=use(hooks.sample, generate=use(generate.text, max_new=200, temperature=0.8), prompts=('ROMEO:',)),
     plot=use(hooks.plot),

@@ -3,7 +3,7 @@ r"""A prefix decoder: it reads a random part of every document in both direction
   llm-jax train --config=configs/pretrain/prefix_lm.py --workdir=runs/prefix_lm
 
 Differs from lm.py in the architecture (transformer.prefix; the parameters are the same, so a causal checkpoint can be
-trained on: --config.init_from=runs/lm) and in the denoiser. On average half of the tokens are predicted.
+trained on: --config.init.init_from=runs/lm) and in the denoiser. On average half of the tokens are predicted.
 """
 
 from configs.pretrain import lm

@@ -1,13 +1,15 @@
-r"""T5 v1.0 small, 60,506,624 parameters (Raffel et al. 2020, arXiv:1910.10683), with its own optimizer and schedule.
+r"""T5 v1.0 small, 60,506,624 parameters, as published (Raffel et al. 2020, arXiv:1910.10683).
 
-  llm-jax train --config=configs/pretrain/t5_small.py --config.source.task.data_dir=DIR --workdir=runs/t5_small
+  TFDS_DATA_DIR=DIR llm-jax train --config=configs/pretrain/t5_small.py --workdir=runs/t5_small
   llm-jax train --config=configs/pretrain/t5_small.py:shakespeare --config.steps=100 --workdir=runs/try
 
-Differs from span_corruption.py in size (6 + 6 layers, 512 wide, 8 heads of 64, 2,048 ReLU units), dropout 0.1, and in
-the paper's baseline recipe: 2^19 updates of 128 rows of 512 + 114 tokens, Adafactor at 1 / sqrt(max(n, 10^4)) without warm-up,
-no gradient clipping, no z-loss. The text is C4.
+Differs from span_corruption.py in size (6 + 6 layers, 512 wide, 8 heads of 64, 2,048 ReLU units),
+dropout 0.1, and in the paper's baseline recipe: 2^19 updates of 128 rows of 512 + 114 tokens,
+Adafactor at 1 / sqrt(max(n, 10^4)) without warm-up, no gradient clipping, no z-loss. The text is
+C4.
 
-Expect log 32,128 = 10.4 nats per target before the first update, and less than half of it after 10,000.
+Expect log 32,128 = 10.4 nats per target before the first update, and less than half of it after
+10,000.
 """
 
 from configs.pretrain import span_corruption
@@ -24,10 +26,12 @@ def get_config(text=None):
   c.model = model()
   for source in (c.source, c.hooks.heldout.source):
     source.encoder_length, source.length = 512, 114
+  if arg.data == 'c4':
+    c.hooks.samples.prompts = ('The <extra_id_0> of life is <extra_id_1>.',)
   c.objective.z_loss = 0.0
   schedule = use(schedules.rsqrt, peak=0.01, hold=10_000, warmup=0)
   c.optimizer = use(chain.make, rule=use(adafactor.adafactor), schedule=schedule, clip=None)
-  c.hooks.heldout.every = c.checkpoint.every = 5000
+  c.checkpoint.every, c.hooks.heldout.every = 5000, 50_000
   return c
 
 
@@ -46,7 +50,12 @@ def model():
     embed=512,
     layers=6,
     encoder_layers=6,
-    block=use(block.cross_decoder, mixer=self_attention, cross=use(attention.CrossAttention, **attend), **rest),
+    block=use(
+      block.cross_decoder,
+      mixer=self_attention,
+      cross=use(attention.CrossAttention, **attend),
+      **rest,
+    ),
     encoder_block=use(block.decoder, mixer=self_attention, **rest),
     runner=use(stack.scan),
     norm=use(norms.RMSNorm, eps=1e-6),

@@ -15,7 +15,8 @@ from absl import flags
 from llm_jax.cli.flags import join_cluster, parse, read_config
 from llm_jax.core import mesh, metrics
 from llm_jax.core.config import build, to_json
-from llm_jax.train import checkpoint, loop, report, state, step
+from llm_jax.model import count
+from llm_jax.train import checkpoint, guards, loop, preemption, report, state, step
 from llm_jax.train.hooks import Run
 
 FLAGS = flags.FlagValues()
@@ -36,11 +37,15 @@ def main(argv: list[str]) -> int:
     layout = state.layout(model, tx, cfg.trainable)
     update = step.make(objective, tx, layout, microbatches=cfg.microbatches, trainable=cfg.trainable)
     first = state.create(model, tx, cfg.seed, trainable=cfg.trainable, layout=layout)
-    saver = checkpoint.Saver(workdir, config=to_json(cfg), **cfg.checkpoint)
-    last = saver.restore(first, source, init_from=cfg.init_from)
+    saver = checkpoint.Saver(workdir, steps=cfg.steps, config_json=to_json(cfg), **cfg.checkpoint)
+    flops = count.training_flops(model.card, source.length)
+    writer = metrics.Writer(
+      workdir, every=cfg.log_every, steps=cfg.steps, flops_per_token=flops, tokens_per_step=source.batch * source.length
+    )
+    last = saver.restore(first, source, writer, **cfg.init)
     report.record(workdir, to_json(cfg), source.vocab)
-    writer = metrics.Writer(workdir, every=cfg.log_every, step=int(last.step))
     run = Run(model, source, saver, writer, workdir, cfg.steps)
-    hooks = [writer, *(build(hook)(run) for hook in cfg.hooks.values()), saver.hook]
+    chosen = [build(hook)(run) for hook in cfg.hooks.values()]  # in the order of their names
+    hooks = [writer, *chosen, guards.stop_on_nan(run), saver.hook, preemption.preemption(run)]
     last = loop.train(last, source, update, steps=cfg.steps, key=jax.random.key(cfg.seed), hooks=hooks)
     return report.finish(run, last)

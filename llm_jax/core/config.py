@@ -3,8 +3,8 @@ r"""A config names a function and lists its arguments.
 `use(fn, **kw)` turns a call into data: a locked ConfigDict with the import path of `fn` and every
 keyword argument, defaults included, so that each can be set from the command line
 (`--config.model.layers=12`) and shows up in the dumped JSON. `build(cfg)` turns the data back into
-`functools.partial(fn, **kw)`; arguments that are themselves `use(...)` arrive built. The import path
-is the registry: nothing has to be registered.
+`functools.partial(fn, **kw)`; arguments that are themselves `use(...)` arrive built. The import
+path is the registry: nothing has to be registered.
 
 Only `configs/`, this file and `cli/` ever hold a config; functions receive plain arguments.
 """
@@ -33,7 +33,15 @@ ConfigDict = ml_collections.ConfigDict
 FN = 'fn'  # the key that holds the import path
 REQUIRED = inspect.Parameter.empty
 _NONE = type(None)
-_CHECKED = (int, float, str, bool, tuple, _NONE, Callable)  # the annotations whose values are checked
+_CHECKED = (
+  int,
+  float,
+  str,
+  bool,
+  tuple,
+  _NONE,
+  Callable,
+)  # the annotations whose values are checked
 
 
 def path_of(fn: Callable) -> str:
@@ -42,7 +50,9 @@ def path_of(fn: Callable) -> str:
   if not name or '<' in name:
     raise UserError(f'{fn!r} has no import path: pass a function or class defined at module level')
   if fn.__module__.startswith(_FILE):
-    raise UserError(f'{name} is defined in a config file, which cannot be imported: move it to a module')
+    raise UserError(
+      f'{name} is defined in a config file, which cannot be imported: move it to a module'
+    )
   return f'{fn.__module__}:{name}'
 
 
@@ -58,7 +68,9 @@ def load(path: str) -> Callable:
   for part in name.split('.'):
     if not hasattr(target, part):
       public = [n for n, v in vars(module).items() if callable(v) and not n.startswith('_')]
-      raise UserError(f'config names {path!r}, but {module_name} has no {name!r}; {nearest(name, public)}')
+      raise UserError(
+        f'config names {path!r}, but {module_name} has no {name!r}; {nearest(name, public)}'
+      )
     target = getattr(target, part)
   return target
 
@@ -75,8 +87,9 @@ def arguments(fn: Callable) -> dict[str, inspect.Parameter]:
 def use(fn: Callable, **kw) -> ConfigDict:
   """A call as data: the import path of `fn` and all its keyword arguments.
 
-  Raises `UserError` for a keyword that `fn` does not take, naming the nearest one it does. An argument
-  without a default that is not given reads as None until it is set; `build` refuses it by name.
+  Raises `UserError` for a keyword that `fn` does not take, naming the nearest one it does. An
+  argument without a default that is not given reads as None until it is set; `build` refuses it by
+  name.
   """
   known = arguments(fn)
   for name in kw:
@@ -140,14 +153,20 @@ def build(cfg: Any, where: str = 'config') -> Any:
     if name == FN:
       continue
     if name not in known:
-      raise UserError(f'{where}.{name}: {cfg[FN]} takes no argument {name!r}; {nearest(name, known)}')
+      raise UserError(
+        f'{where}.{name}: {cfg[FN]} takes no argument {name!r}; {nearest(name, known)}'
+      )
     kw[name] = build(value, f'{where}.{name}')
   for name, parameter in known.items():
     if parameter.default is REQUIRED and kw.get(name) is None:
-      raise UserError(f'{where}.{name} is required by {cfg[FN]} and not set; set --{where}.{name}=...')
+      raise UserError(
+        f'{where}.{name} is required by {cfg[FN]} and not set; set --{where}.{name}=...'
+      )
     options = _options(parameter.annotation)
     if name in kw and options and not _fits(kw[name], options):
-      raise UserError(f'{where}.{name} must be {_names(options)}, got {kw[name]!r} ({type(kw[name]).__name__})')
+      raise UserError(
+        f'{where}.{name} must be {_names(options)}, got {kw[name]!r} ({type(kw[name]).__name__})'
+      )
   return functools.partial(fn, **kw)
 
 
@@ -159,8 +178,9 @@ def check(cfg: ConfigDict) -> None:
 def override(cfg: ConfigDict, path: str, value: Any) -> None:
   """Sets `path` to `value`, which may be command-line text.
 
-  path: `'model.layers'`, `'model.block[0].mixer.heads'`. A whole call is replaced by naming another function,
-  `'llm_jax.optim.schedules:cosine'`, with that function's defaults. Raises `UserError` naming the nearest key.
+  path: `'model.layers'`, `'model.block[0].mixer.heads'`. A whole call is replaced by naming another
+  function, `'llm_jax.optim.schedules:cosine'`, with that function's defaults. Raises `UserError`
+  naming the nearest key.
   """
   keys: list[str | int] = []
   for part in path.split('.'):
@@ -179,7 +199,9 @@ def from_json(text: str) -> ConfigDict:
   try:
     values = json.loads(text)
   except json.JSONDecodeError as e:
-    raise UserError(f'the config is not JSON ({e}): restore the file or name the .py config it came from') from e
+    raise UserError(
+      f'the config is not JSON ({e}): restore the file or name the .py config it came from'
+    ) from e
   return _unplain(values)
 
 
@@ -197,12 +219,16 @@ def read(path: str, text: str | None = None) -> ConfigDict:
       return from_json(f.read())
   spec = importlib.util.spec_from_file_location(_FILE + os.path.basename(path)[:-3], path)
   if spec is None:
-    raise UserError(f'{path} is no config: a config is a .py file with get_config(), or a dumped .json')
+    raise UserError(
+      f'{path} is no config: a config is a .py file with get_config(), or a dumped .json'
+    )
   module = importlib.util.module_from_spec(spec)
   with _importable(os.path.dirname(os.path.abspath(path))):
     spec.loader.exec_module(module)
     if not hasattr(module, 'get_config'):
-      raise UserError(f'{path} defines no get_config(); a config file is a Python file with that function')
+      raise UserError(
+        f'{path} defines no get_config(); a config file is a Python file with that function'
+      )
     if not inspect.signature(module.get_config).parameters:
       if text:
         raise UserError(f'{path} takes no argument after the colon, got {text!r}')
@@ -219,7 +245,9 @@ _FILE = 'llm_jax_config_'  # what a config file is called as a module
 def _importable(folder: str) -> Iterator[None]:
   """Makes sibling config files importable (`from configs.pretrain import lm`) while one is read."""
   root, above = folder, folder
-  for _ in range(3):  # the folder that holds the outermost package, `configs/pretrain` being two levels deep
+  for _ in range(
+    3
+  ):  # the folder that holds the outermost package, `configs/pretrain` being two levels deep
     if os.path.exists(os.path.join(above, '__init__.py')):
       root = os.path.dirname(above)
     above = os.path.dirname(above)
@@ -256,7 +284,9 @@ def _as_config(value: Any, annotation: Any = REQUIRED) -> Any:
     return lock(copy.deepcopy(value))  # two users of one config must not share its settings
   if isinstance(value, functools.partial):
     if value.args:
-      raise UserError(f'{path_of(value.func)} has bound positional arguments: bind keyword arguments only')
+      raise UserError(
+        f'{path_of(value.func)} has bound positional arguments: bind keyword arguments only'
+      )
     return use(value.func, **value.keywords)
   if isinstance(value, Mapping):
     return ConfigDict({k: _as_config(v) for k, v in value.items()})
@@ -267,7 +297,9 @@ def _as_config(value: Any, annotation: Any = REQUIRED) -> Any:
   options = tuple(o for o in _options(annotation) if o is not _NONE)
   if value is None:
     typed = len(options) == 1 and options[0] is not Callable
-    return config_dict.placeholder(options[0]) if typed else None  # a plain None can be set to anything
+    return (
+      config_dict.placeholder(options[0]) if typed else None
+    )  # a plain None can be set to anything
   return float(value) if type(value) is int and float in options and int not in options else value
 
 
@@ -278,10 +310,15 @@ def _set(node: Any, keys: list[str | int], value: Any, where: str, options: tupl
   key, *rest = keys
   if isinstance(key, int):
     if not isinstance(node, tuple) or key >= len(node):
-      raise UserError(f'{where} has no element [{key}]' + (f', only {len(node)}' if isinstance(node, tuple) else ''))
+      raise UserError(
+        f'{where} has no element [{key}]'
+        + (f', only {len(node)}' if isinstance(node, tuple) else '')
+      )
     return (*node[:key], _set(node[key], rest, value, f'{where}[{key}]', ()), *node[key + 1 :])
   if not isinstance(node, ConfigDict):
-    raise UserError(f'{where} is a {type(node).__name__}, not a group of settings: it has no key {key!r}')
+    raise UserError(
+      f'{where} is a {type(node).__name__}, not a group of settings: it has no key {key!r}'
+    )
   if key not in node or key == FN:
     raise UserError(f'{where} has no key {key!r}; {nearest(key, (k for k in node if k != FN))}')
   known = arguments(load(node[FN])) if FN in node else {}
@@ -302,7 +339,10 @@ def _convert(current: Any, value: Any, where: str, options: tuple[Any, ...]) -> 
   if value == 'None' and _NONE in options:
     return None
   names = ', '.join(f'{where}.{k}' for k in current if k != FN)
-  raise UserError(f'{where} is a group of settings: set one of {names}' + (f', or {where}=module:function' if FN in current else ''))
+  raise UserError(
+    f'{where} is a group of settings: set one of {names}'
+    + (f', or {where}=module:function' if FN in current else '')
+  )
 
 
 def _parse(where: str, text: str, options: tuple[Any, ...]) -> Any:
@@ -318,7 +358,11 @@ def _parse(where: str, text: str, options: tuple[Any, ...]) -> Any:
     with contextlib.suppress(ValueError, SyntaxError):
       value = ast.literal_eval(text)
   value = tuple(value) if isinstance(value, list) else value
-  if float in options and int not in options and (type(value) is int or text in ('inf', '-inf', 'nan')):
+  if (
+    float in options
+    and int not in options
+    and (type(value) is int or text in ('inf', '-inf', 'nan'))
+  ):
     return float(value)
   if not options or type(value) in options:
     return value
@@ -337,7 +381,9 @@ def _plain(value: Any, where: str = 'config') -> Any:
   if isinstance(value, tuple | list):
     return [_plain(v, where) for v in value]
   if not isinstance(value, int | float | str | bool | None):
-    raise UserError(f'{where} is {value!r}, which no config can hold: give a plain value or use(...)')
+    raise UserError(
+      f'{where} is {value!r}, which no config can hold: give a plain value or use(...)'
+    )
   return value
 
 

@@ -1,8 +1,8 @@
 """The one exception for what a user can put right.
 
-Everything that can go wrong because of a flag, a config, a file or a machine raises `UserError` with
-one sentence that says what is wrong and one that says what to do. The command line prints it as one line and
-exits with code 2; inside Python it is an ordinary `ValueError`.
+Everything that can go wrong because of a flag, a config, a file or a machine raises `UserError`
+with one sentence that says what is wrong and one that says what to do. The command line prints it
+as one line and exits with code 2; inside Python it is an ordinary `ValueError`.
 """
 
 import difflib

@@ -1,12 +1,12 @@
 """Devices as a mesh, and the one table from axis names to mesh axes.
 
-Weights and activations name their axes (`'embed'`, `'heads'`, `'batch'`); the rules say on which mesh axes
-each is split. Data parallelism, FSDP, tensor parallelism and their products are the same rules on another
-mesh; ZeRO 1, 2, 3 are three choices of what is split over `fsdp`
-(Rajbhandari et al. 2020, arXiv:1910.02054): the optimizer state, also the gradients, also the weights.
+Weights and activations name their axes (`'embed'`, `'heads'`, `'batch'`); the rules say on which
+mesh axes each is split. Data parallelism, FSDP, tensor parallelism and their products are the same
+rules on another mesh; ZeRO 1, 2, 3 are three choices of what is split over `fsdp` (Rajbhandari et
+al. 2020, arXiv:1910.02054): the optimizer state, also the gradients, also the weights.
 
-`jax.make_mesh` types its axes; they are named here and only here. Auto lets XLA propagate
-shardings between our constraints; Explicit makes every sharding part of the type, so that a forgotten
+`jax.make_mesh` types its axes; they are named here and only here. Auto lets XLA propagate shardings
+between our constraints; Explicit makes every sharding part of the type, so that a forgotten
 annotation is an error while tracing. Training uses Auto, the tests use both.
 """
 
@@ -40,34 +40,56 @@ ZERO3 = dict(weights=_SHARDED, gradients=_SHARDED, optimizer=_SHARDED, activatio
 DATA = dict(weights=_TENSOR, gradients=_TENSOR, optimizer=_TENSOR, activations=_ACTIVATIONS)
 
 _outside: contextvars.ContextVar[bool] = contextvars.ContextVar('outside', default=False)
-_rules: contextvars.ContextVar[Mapping[str, Mapping[str, tuple]]] = contextvars.ContextVar('rules', default=ZERO3)
+_rules: contextvars.ContextVar[Mapping[str, Mapping[str, tuple]]] = contextvars.ContextVar(
+  'rules', default=ZERO3
+)
 
 
 def make(
-  *, data: int = -1, fsdp: int = 1, expert: int = 1, sequence: int = 1, stage: int = 1, tensor: int = 1, explicit: bool = False
+  *,
+  data: int = -1,
+  fsdp: int = 1,
+  expert: int = 1,
+  sequence: int = 1,
+  stage: int = 1,
+  tensor: int = 1,
+  explicit: bool = False,
 ) -> jax.sharding.Mesh:
-  """A mesh over the devices, the first ones when there are more than asked for; one size may be -1: what is left over.
+  """A mesh over the devices, or the first ones of them; one size may be -1: what is left over.
 
-  Raises `UserError` when the sizes need more devices than there are, do not divide them, or leave a process without any.
+  Raises `UserError` when the sizes need more devices than there are, do not divide them, or leave a
+  process without any.
   """
   sizes = dict(data=data, fsdp=fsdp, expert=expert, sequence=sequence, stage=stage, tensor=tensor)
   bad = {n: s for n, s in sizes.items() if s < 1 and s != -1}
   free = [n for n, s in sizes.items() if s == -1]
   if bad or len(free) > 1:
-    raise UserError(f'mesh {bad or sizes}: sizes are positive, and one of them may be -1 (what is left over)')
+    raise UserError(
+      f'mesh {bad or sizes}: sizes are positive, and one of them may be -1 (what is left over)'
+    )
   devices = jax.device_count()
   fixed = math.prod(s for s in sizes.values() if s != -1)
   if free:
     if devices % fixed:
-      raise UserError(f'{devices} devices do not divide by {fixed} ({_show(sizes)}): choose sizes whose product divides {devices}')
+      raise UserError(
+        f'{devices} devices do not divide by {fixed} ({_show(sizes)}): choose sizes whose product divides {devices}'
+      )
     sizes[free[0]] = devices // fixed
   elif fixed > devices:
-    raise UserError(f'mesh {_show(sizes)} needs {fixed} devices, this machine has {devices}: lower a size or set --config.mesh.data=-1')
+    raise UserError(
+      f'mesh {_show(sizes)} needs {fixed} devices, this machine has {devices}: '
+      'lower a size or set --config.mesh.data=-1'
+    )
   elif fixed < devices and jax.process_count() > 1:
-    raise UserError(f'mesh {_show(sizes)} uses {fixed} of the {devices} devices of {jax.process_count()} processes: use all of them')
+    raise UserError(
+      f'mesh {_show(sizes)} uses {fixed} of the {devices} devices '
+      f'of {jax.process_count()} processes: use all of them'
+    )
   kind = AxisType.Explicit if explicit else AxisType.Auto
   shape = tuple(sizes[a] for a in AXES)
-  return jax.make_mesh(shape, AXES, axis_types=(kind,) * len(AXES), devices=jax.devices()[: math.prod(shape)])
+  return jax.make_mesh(
+    shape, AXES, axis_types=(kind,) * len(AXES), devices=jax.devices()[: math.prod(shape)]
+  )
 
 
 def _show(sizes: Mapping[str, int]) -> str:
@@ -75,7 +97,9 @@ def _show(sizes: Mapping[str, int]) -> str:
 
 
 @contextlib.contextmanager
-def rules(*, weights: Mapping, gradients: Mapping, optimizer: Mapping, activations: Mapping) -> Iterator[None]:
+def rules(
+  *, weights: Mapping, gradients: Mapping, optimizer: Mapping, activations: Mapping
+) -> Iterator[None]:
   """Use these axis rules inside the `with`; see `ZERO1`, `ZERO2`, `ZERO3`, `DATA` above."""
   table = dict(weights=weights, gradients=gradients, optimizer=optimizer, activations=activations)
   for kind, names in table.items():
@@ -126,6 +150,7 @@ def outside() -> Iterator[None]:
 
 
 def is_explicit() -> bool:
+  """Whether the current mesh has shardings in the types of arrays, so that every gather and reshape must name one."""
   mesh = current()
   return mesh is not None and AxisType.Explicit in mesh.axis_types
 
@@ -134,7 +159,11 @@ def constrain(x: jax.Array, partition: PartitionSpec) -> jax.Array:
   """Puts `x` on the current mesh as `partition` says; without a mesh it is returned as it is."""
   if current() is None:
     return x
-  return jax.sharding.reshard(x, partition) if is_explicit() else jax.lax.with_sharding_constraint(x, partition)
+  return (
+    jax.sharding.reshard(x, partition)
+    if is_explicit()
+    else jax.lax.with_sharding_constraint(x, partition)
+  )
 
 
 def shard(x: jax.Array, *axes: str | None) -> jax.Array:
@@ -147,7 +176,8 @@ def shard(x: jax.Array, *axes: str | None) -> jax.Array:
 def gather(w: jax.Array, axes: tuple[str | None, ...]) -> jax.Array:
   """A weight in the layout it is used in: whole along the mesh axes that split the batch.
 
-  The forward pass gathers the FSDP shards, the backward pass leaves the gradient where the `gradients` rules want it.
+  The forward pass gathers the FSDP shards, the backward pass leaves the gradient where the
+  `gradients` rules want it.
   """
   if current() is None:
     return w
@@ -167,7 +197,9 @@ def _without_batch_axes(partition: PartitionSpec) -> PartitionSpec:
   batch = set(_rules.get()['activations']['batch'])
   entries = []
   for entry in partition:
-    left = tuple(a for a in (entry if isinstance(entry, tuple) else (entry,)) if a and a not in batch)
+    left = tuple(
+      a for a in (entry if isinstance(entry, tuple) else (entry,)) if a and a not in batch
+    )
     entries.append(left if len(left) > 1 else (left[0] if left else None))
   return PartitionSpec(*entries)
 
@@ -175,8 +207,8 @@ def _without_batch_axes(partition: PartitionSpec) -> PartitionSpec:
 def shardings(axes: Any, shapes: Any, kind: str = 'weights') -> Any:
   """A tree of `NamedSharding`s for a tree of axis-name tuples, on the mesh of `jax.set_mesh`.
 
-  axes: tree of tuples of names. shapes: the same tree of arrays or `ShapeDtypeStruct`s. Raises `UserError` when an
-  axis does not divide by the mesh axes it is split over.
+  axes: tree of tuples of names. shapes: the same tree of arrays or `ShapeDtypeStruct`s. Raises
+  `UserError` when an axis does not divide by the mesh axes it is split over.
   """
   mesh = jax.sharding.get_mesh()
   if mesh.empty:
@@ -187,7 +219,9 @@ def shardings(axes: Any, shapes: Any, kind: str = 'weights') -> Any:
     names = flat[path]
     partition = spec(*names, kind=kind)
     for name, size, entry in zip(names, shape.shape, partition, strict=True):
-      ways = math.prod(mesh.shape[a] for a in (entry if isinstance(entry, tuple) else (entry,)) if a)
+      ways = math.prod(
+        mesh.shape[a] for a in (entry if isinstance(entry, tuple) else (entry,)) if a
+      )
       if size % ways:
         raise UserError(
           f'{path}: axis {name!r} of size {size} does not divide by {entry}={ways}; '
@@ -201,13 +235,17 @@ def shardings(axes: Any, shapes: Any, kind: str = 'weights') -> Any:
 def place(batch: Mapping[str, np.ndarray]) -> dict[str, jax.Array]:
   """Host arrays of this process as global arrays, split over the batch axes.
 
-  batch: name -> [local batch, ...]. Each process passes its own rows; together they are the global batch.
+  batch: name -> [local batch, ...]. Each process passes its own rows; together they are the global
+  batch.
   """
   mesh = jax.sharding.get_mesh()
   if mesh.empty or mesh.size == 1:
     return {k: jax.numpy.asarray(v) for k, v in batch.items()}
   entry = spec('batch')
-  return {k: jax.make_array_from_process_local_data(NamedSharding(mesh, entry), np.asarray(v)) for k, v in batch.items()}
+  return {
+    k: jax.make_array_from_process_local_data(NamedSharding(mesh, entry), np.asarray(v))
+    for k, v in batch.items()
+  }
 
 
 def batch_ways() -> int:
@@ -227,9 +265,12 @@ def check_batch(size: int, microbatches: int = 1) -> None:
   """Raises `UserError` when `size` examples do not divide into microbatches and over the batch axes of the mesh."""
   ways = batch_ways()
   if microbatches < 1 or size % microbatches:
-    raise UserError(f'a batch of {size} does not divide into {microbatches} microbatches: choose a divisor of {size}')
+    raise UserError(
+      f'a batch of {size} does not divide into {microbatches} microbatches: choose a divisor of {size}'
+    )
   if size // microbatches % ways:
     raise UserError(
-      f'{microbatches} microbatch(es) of {size // microbatches} examples do not divide over {ways} devices (mesh axes data x fsdp): '
+      f'{microbatches} microbatch(es) of {size // microbatches} examples do not divide over '
+      f'{ways} devices (mesh axes data x fsdp): '
       f'choose a batch that is a multiple of {ways * microbatches}'
     )

@@ -1,7 +1,8 @@
 """Parameter trees by path: nested dicts whose leaves are named `'decoder/layers/block_0/mixer/q'`.
 
 Leaf types such as `weights.LowRank` are pytree nodes: their parts are leaves one level further down
-(`.../q/w`, `.../q/a`, `.../q/b`), so freezing, counting and renaming see them without special cases.
+(`.../q/w`, `.../q/a`, `.../q/b`), so freezing, counting and renaming see them without special
+cases.
 """
 
 import re
@@ -30,16 +31,20 @@ def flatten(tree: Any, is_leaf: Callable | None = None) -> dict[str, Any]:
   return {path_of(k): v for k, v in jax.tree_util.tree_flatten_with_path(tree, is_leaf=is_leaf)[0]}
 
 
-def map_paths(fn: Callable[..., Any], tree: Any, *rest: Any, is_leaf: Callable | None = None) -> Any:
+def map_paths(
+  fn: Callable[..., Any], tree: Any, *rest: Any, is_leaf: Callable | None = None
+) -> Any:
   """`jax.tree.map` whose function also gets the leaf's path first."""
-  return jax.tree_util.tree_map_with_path(lambda k, *v: fn(path_of(k), *v), tree, *rest, is_leaf=is_leaf)
+  return jax.tree_util.tree_map_with_path(
+    lambda k, *v: fn(path_of(k), *v), tree, *rest, is_leaf=is_leaf
+  )
 
 
 def match(tree: Any, rules: Iterable[tuple[str, Any]]) -> Any:
   """A tree like `tree` with the value of the first rule whose regex finds the leaf's path.
 
-  rules: (regex, value) pairs, searched in order with `re.search`. Every leaf must match one; end with
-  `('.*', default)`. Raises `UserError` naming the leaves that match none.
+  rules: (regex, value) pairs, searched in order with `re.search`. Every leaf must match one; end
+  with `('.*', default)`. Raises `UserError` naming the leaves that match none.
   """
   compiled = [(re.compile(pattern), value) for pattern, value in rules]
   missing = [path for path in flatten(tree) if not any(p.search(path) for p, _ in compiled)]
@@ -52,7 +57,9 @@ def select(tree: Any, pattern: str) -> Any:
   """A tree like `tree` of booleans: does the regex `pattern` find the leaf's path?"""
   found = map_paths(lambda path, _: bool(re.search(pattern, path)), tree)
   if not any(jax.tree.leaves(found)):
-    raise UserError(f'the regex {pattern!r} matches no parameter; {nearest(pattern, flatten(tree))}')
+    raise UserError(
+      f'the regex {pattern!r} matches no parameter; {nearest(pattern, flatten(tree))}'
+    )
   return found
 
 
@@ -65,7 +72,9 @@ def split(tree: Any, chosen: Any) -> tuple[Any, Any]:
 
 def merge(first: Any, second: Any) -> Any:
   """Undoes `split`: each leaf from whichever tree has it."""
-  return jax.tree.map(lambda a, b: b if a is None else a, first, second, is_leaf=lambda x: x is None)
+  return jax.tree.map(
+    lambda a, b: b if a is None else a, first, second, is_leaf=lambda x: x is None
+  )
 
 
 def is_names(x: Any) -> bool:
@@ -85,7 +94,9 @@ def align(axes: Any, tree: Any) -> Any:
     if path not in flat:
       raise UserError(f'parameter {path!r} has no axis names; {nearest(path, flat)}')
     if len(flat[path]) != len(leaf.shape):
-      raise UserError(f'parameter {path!r} of shape {leaf.shape} has the axis names {flat[path]}: one for each axis')
+      raise UserError(
+        f'parameter {path!r} of shape {leaf.shape} has the axis names {flat[path]}: one for each axis'
+      )
     return flat[path]
 
   return map_paths(one, tree)
@@ -130,6 +141,8 @@ def rename(flat: dict[str, Any], rules: Iterable[tuple[str, str]]) -> dict[str, 
     for pattern, replacement in rules:
       new = re.sub(pattern, replacement, new)
     if new in renamed:
-      raise UserError(f'renaming maps two parameters to {new!r}, the second is {path!r}; narrow the regex')
+      raise UserError(
+        f'renaming maps two parameters to {new!r}, the second is {path!r}; narrow the regex'
+      )
     renamed[new] = value
   return renamed

@@ -4,8 +4,8 @@
 `params -> params` that replace leaves, and the model never knows. One alphabet for all
 equations; a letter means the same axis everywhere:
 
-  b batch   t query position   s key position   d embed   h heads   g groups (key/value heads)   k head_dim
-  f ffn     v vocab            e expert         r rank
+  b batch   t query position   s key position   d embed   h heads   g groups (key/value heads)   k
+  head_dim f ffn     v vocab            e expert         r rank
 """
 
 import functools
@@ -19,7 +19,17 @@ from flax import struct
 from llm_jax.core import mesh
 
 AXIS = dict(
-  b='batch', t='length', s='length', d='embed', h='heads', g='groups', k='head_dim', f='ffn', v='vocab', e='expert', r='rank'
+  b='batch',
+  t='length',
+  s='length',
+  d='embed',
+  h='heads',
+  g='groups',
+  k='head_dim',
+  f='ffn',
+  v='vocab',
+  e='expert',
+  r='rank',
 )
 
 
@@ -46,8 +56,9 @@ class Quantized:
 class LowRank:
   """`w + scale * a @ b` without forming the sum (LoRA; Hu et al. 2021, arXiv:2106.09685, eq. 3).
 
-  w: the frozen weight (any leaf type), a: [leading axes of w..., rank], b: [rank, the other axes of w...].
-  Which of the two meets the activation first follows from the equation, so a tied table works as input and as head.
+  w: the frozen weight (any leaf type), a: [leading axes of w..., rank], b: [rank, the other axes of
+  w...]. Which of the two meets the activation first follows from the equation, so a tied table
+  works as input and as head.
   """
 
   w: Any
@@ -123,8 +134,9 @@ def _contract(eq: str, x: jax.Array, w: jax.Array, dtype: Any) -> jax.Array:
 def _matmul(eq: str, x: jax.Array, w: jax.Array, dtype: Any) -> jax.Array:
   """The einsum as a product of two matrices, where its letters stand in that order already.
 
-  XLA on CPU computes the weight gradient of a product over three axes from a transposed copy of what comes back, and
-  recomputes whatever is fused into that copy: a SwiGLU layer of 384 x 1024 took 1.6 times as long.
+  XLA on CPU computes the weight gradient of a product over three axes from a transposed copy of
+  what comes back, and recomputes whatever is fused into that copy: a SwiGLU layer of 384 x 1024
+  took 1.6 times as long.
   """
   operands, out = eq.split('->')
   left, right = operands.split(',')
@@ -137,7 +149,9 @@ def _matmul(eq: str, x: jax.Array, w: jax.Array, dtype: Any) -> jax.Array:
   w2 = w.reshape((n, -1) if first else (-1, n))
   shape = (*x.shape[: len(rows)], *(w.shape[len(summed) :] if first else w.shape[: len(kept)]))
   dims = (((1,), (0 if first else 1,)), ((), ()))
-  return jax.lax.dot_general(x.reshape(-1, n), w2, dims, preferred_element_type=dtype).reshape(shape)
+  return jax.lax.dot_general(x.reshape(-1, n), w2, dims, preferred_element_type=dtype).reshape(
+    shape
+  )
 
 
 @functools.singledispatch
@@ -167,7 +181,7 @@ def _(w: LowRank, eq: str, x: jax.Array, dtype: Any) -> jax.Array:
 
 @_einsum.register
 def _(w: Scaled, eq: str, x: jax.Array, dtype: Any) -> jax.Array:
-  (left, right), out = eq.split('->')[0].split(','), eq.split('->')[1]
+  left, right = eq.split('->')[0].split(',')
   letters = right[-w.scale.ndim :]
   scale = mesh.gather(w.scale, axes_of(letters))
   if left.endswith(letters):  # axes that are summed over: scale the activation
@@ -219,7 +233,9 @@ def _(table: Quantized, ids: jax.Array, dtype: Any) -> jax.Array:
 def _(table: LowRank, ids: jax.Array, dtype: Any) -> jax.Array:
   rows = _lookup(table.a, ids, dtype)
   letters = 'bt'[: ids.ndim]
-  return _lookup(table.w, ids, dtype) + table.scale * _contract(f'{letters}r,rd->{letters}d', rows, table.b, dtype)
+  return _lookup(table.w, ids, dtype) + table.scale * _contract(
+    f'{letters}r,rd->{letters}d', rows, table.b, dtype
+  )
 
 
 @_lookup.register

@@ -85,9 +85,9 @@ def fingerprint(paths: Sequence[str], *settings: Any) -> str:
   return digest.hexdigest()[:16]
 
 
-@functools.lru_cache(maxsize=64)
+@functools.cache
 def content(path: str) -> bytes | mmap.mmap:
-  """The bytes of a file, after checking that they are UTF-8 text. Raises `UserError` naming file and byte offset."""
+  """The bytes of a file, after checking that they are UTF-8 text; kept open. Raises `UserError` naming file and byte offset."""
   try:
     if path.endswith('.gz'):
       data = gzip.open(path).read()
@@ -125,12 +125,18 @@ def whole_file(data: bytes) -> np.ndarray:
 
 def lines(data: bytes) -> np.ndarray:
   """One document per line that is not empty, without its newline. Returns spans [n, 2]."""
-  return _between(_find(data, b'\n'), 1, len(data))
+  parts = (np.frombuffer(data[s : s + _CHUNK], np.uint8) for s in range(0, len(data), _CHUNK))
+  marks = [np.flatnonzero(part == 0x0A) + i * _CHUNK for i, part in enumerate(parts)]
+  return _between(np.concatenate([*marks, np.zeros(0, np.int64)]), 1, len(data))
 
 
 def paragraphs(data: bytes) -> np.ndarray:
   """Documents separated by blank lines. Returns spans [n, 2]."""
-  ends = _find(data, b'\n\n')
+  found, at = [], data.find(b'\n\n')
+  while at >= 0:
+    found.append(at)
+    at = data.find(b'\n\n', at + 2)
+  ends = np.array(found, np.int64)
   spans = _between(ends, 2, len(data))
   skip = np.array(
     [len(data[s : min(s + 64, e)]) - len(data[s : min(s + 64, e)].lstrip(b'\n')) for s, e in spans],
@@ -139,14 +145,6 @@ def paragraphs(data: bytes) -> np.ndarray:
   spans[:, 0] = np.minimum(spans[:, 0] + skip, spans[:, 1])
   spans[:, 1] -= [data[e - 1 : e] == b'\n' and e > s for s, e in spans]
   return spans[spans[:, 1] > spans[:, 0]]
-
-
-def _find(data: bytes, mark: bytes) -> np.ndarray:
-  found, at = [], data.find(mark)
-  while at >= 0:
-    found.append(at)
-    at = data.find(mark, at + len(mark))
-  return np.array(found, np.int64)
 
 
 def _between(marks: np.ndarray, width: int, end: int) -> np.ndarray:

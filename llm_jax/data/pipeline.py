@@ -193,7 +193,7 @@ def plan_block(
   u = rng.random(len(chunks.sizes))
   slots, encoder_slots = batch_lib.slots(layout, *denoiser.lengths(chunks.sizes, chunks.ends, u))
   placed = plan(slots, encoder_slots, layout.length, layout.encoder_length)
-  members = np.argsort(placed.row, kind='stable')[int((placed.row < 0).sum()) :]
+  members = np.lexsort((placed.at, placed.row))[int((placed.row < 0).sum()) :]
   starts = np.searchsorted(placed.row[members], np.arange(placed.rows + 1))
   ends, u = chunks.ends.tolist(), u.tolist()
   slot = list(zip(placed.at.tolist(), placed.encoder_at.tolist(), strict=True))

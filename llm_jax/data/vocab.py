@@ -81,13 +81,13 @@ class _Vocabulary:
   def decode(self, ids: Iterable[int]) -> str:
     """The text of `ids`; padding and end of document give nothing, markers their spelling."""
     parts = []
-    for is_marker, run in itertools.groupby(map(int, ids), key=lambda i: i >= self.base):
-      parts.append(
-        ''.join(self._spelling.get(i, '\ufffd') for i in run)
-        if is_marker
-        else self._decode(list(run))
-      )
+    for is_marker, group in itertools.groupby(map(int, ids), key=lambda i: i >= self.base):
+      run = list(group)
+      parts.append(self._spell(run) if is_marker else self._decode(run))
     return ''.join(parts)
+
+  def _spell(self, markers: list[int]) -> str:
+    return ''.join(self._spelling.get(i, '\ufffd') for i in markers)
 
   @functools.cached_property
   def piece_bytes(self) -> np.ndarray:
@@ -209,6 +209,8 @@ def sentencepiece(
   for value, known in ((model, ('bpe', 'unigram')), (normalization, ('identity', 'nmt_nfkc'))):
     if value not in known:
       raise UserError(f'vocabulary setting {value!r} is unknown; {nearest(value, known)}')
+  if not 0.98 <= coverage <= 1:
+    raise UserError(f'coverage must be between 0.98 and 1, got {coverage}')
   settings = dict(
     vocab_size=size - extra_ids - len(modes),
     model_type=model,
@@ -305,7 +307,7 @@ def _train(text: Text, settings: dict, sample: int, markers: int) -> bytes:
 
 def _explain(message: str, pieces: int, markers: int, name: str) -> str:
   """SentencePiece's complaint as one line in terms of `size`."""
-  largest = re.search(r'<= (\d+)', message)
+  largest = re.search(r'a value <= (\d+)', message)
   if largest:
     return f'{name} supports a vocabulary of at most {int(largest[1]) + markers}, not {pieces + markers}: set size to that or less'
   smallest = re.search(r'smaller than required_chars\. \d+ vs (\d+)', message)

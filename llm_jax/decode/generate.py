@@ -51,7 +51,6 @@ class _Static(NamedTuple):
   temperature: float
   top_k: int
   top_p: float
-  eos: int | None
   context: Hashable  # axis rules in force while tracing
 
 
@@ -67,9 +66,10 @@ class _Carry(NamedTuple):
 
 
 class _Fixed(NamedTuple):
-  """What the loop reads and never changes: per-row keys, ids that may be drawn, slots every query sees, encoder."""
+  """What the loop reads and never changes. eos: [] -1 for none; context: the prefix slots or the encoder's arrays."""
 
   keys: jax.Array
+  eos: jax.Array
   allowed: jax.Array | None
   context: dict[str, jax.Array]
 
@@ -99,7 +99,9 @@ def generate(
   were trained with. Raises `UserError` for a prompt that does not fit the model's context (`card.length`, start token
   included). Compiled once per shape and setting; inside `jax.set_mesh` the rows are spread over the batch axes.
   """
-  settings = dict(temperature=temperature, top_k=top_k, top_p=top_p, eos=eos, allowed=allowed, rows=rows)
+  settings = dict(
+    temperature=temperature, top_k=top_k, top_p=top_p, eos=eos, allowed=allowed, rows=rows
+  )
   static, fixed, carry = _start(model, params, prompts, lengths, key, max_new=max_new, **settings)
   out = _advance(static, params, fixed, carry, np.int32(max_new)).out
   batch = np.shape(prompts)[0]
@@ -107,19 +109,29 @@ def generate(
 
 
 def stream(
-  model: Any, params: Any, prompts: Any, lengths: Any, key: jax.Array, *, max_new: int = 100, **settings: Any
+  model: Any,
+  params: Any,
+  prompts: Any,
+  lengths: Any,
+  key: jax.Array,
+  *,
+  max_new: int = 100,
+  **settings: Any,
 ) -> Iterator[np.ndarray]:
   """The columns of `generate`'s tokens, int32 [batch] each, as they are drawn; same arguments, same tokens.
 
-  A row that has ended yields 0. Wrong arguments raise at the first `next`.
+  A row that has ended yields 0. The prompts are read, and wrong arguments raise, before this returns.
   """
   static, fixed, carry = _start(model, params, prompts, lengths, key, max_new=max_new, **settings)
-  batch = np.shape(prompts)[0]
-  for step in range(1, max_new + 1):
-    yield np.array(carry.token)[:batch]
-    if step == max_new or np.all(carry.done):
-      return
-    carry = _advance(static, params, fixed, carry, np.int32(step + 1))
+
+  def columns(carry: _Carry) -> Iterator[np.ndarray]:
+    for step in range(1, max_new + 1):
+      yield np.array(carry.token)[: np.shape(prompts)[0]]
+      if step == max_new or np.all(carry.done):
+        return
+      carry = _advance(static, params, fixed, carry, np.int32(step + 1))
+
+  return columns(carry)
 
 
 def text(
@@ -148,26 +160,40 @@ def text(
     some = ids[first : first + batch]
     rows = first + np.arange(len(some), dtype=np.int32)
     out = generate(model, params, *_pad(model, some), key, rows=rows, **settings)
-    for prompt, tokens, length in zip(some, np.asarray(out.tokens), np.asarray(out.lengths), strict=True):
+    for prompt, tokens, length in zip(
+      some, np.asarray(out.tokens), np.asarray(out.lengths), strict=True
+    ):
       found.append(''.join(_pieces(vocab, _shown(model, prompt), [tokens[:length]])))
   return found
 
 
-def stream_text(model: Any, params: Any, vocab: Any, prompt: str, key: jax.Array, **settings: Any) -> Iterator[str]:
+def stream_text(
+  model: Any, params: Any, vocab: Any, prompt: str, key: jax.Array, **settings: Any
+) -> Iterator[str]:
   """The text that `text(..., [prompt], key)` returns, in pieces as they come; a character is never cut in two.
 
   settings: those of `text`.
   """
   ids = _encode(model, vocab, prompt)
   settings = dict(settings, eos=vocab.eos, allowed=_allowed(model, vocab))
-  yield from _pieces(vocab, _shown(model, ids), stream(model, params, *_pad(model, [ids]), key, **settings))
+  return _pieces(
+    vocab, _shown(model, ids), stream(model, params, *_pad(model, [ids]), key, **settings)
+  )
+
+
+def limit(model: Any) -> float:
+  """The number of positions that the model can represent: the rows of a learned table, else no bound."""
+  learned = 'Learned' in model.card.positions.split('+')
+  return model.card.length if learned and model.card.length else math.inf
 
 
 # --- the compiled part --------------------------------------------------------------------------------
 
 
 @functools.partial(jax.jit, static_argnums=0)
-def _prefill(static: _Static, params: Any, batch: dict[str, jax.Array], last: jax.Array, live: jax.Array, fixed: _Fixed):
+def _prefill(
+  static: _Static, params: Any, batch: dict, last: jax.Array, live: jax.Array, fixed: _Fixed
+) -> _Carry:
   """Reads the prompts and draws the first token of each row. last: [batch] position of the last prompt token."""
   states = static.states(params, batch, static.slots)
   rows = last.shape[0]
@@ -183,7 +209,9 @@ def _prefill(static: _Static, params: Any, batch: dict[str, jax.Array], last: ja
 
 
 @functools.partial(jax.jit, static_argnums=0, donate_argnums=3)
-def _advance(static: _Static, params: Any, fixed: _Fixed, carry: _Carry, until: jax.Array) -> _Carry:
+def _advance(
+  static: _Static, params: Any, fixed: _Fixed, carry: _Carry, until: jax.Array
+) -> _Carry:
   """Goes on until `until` tokens are drawn or every row has ended."""
 
   def go_on(carry: _Carry) -> jax.Array:
@@ -198,12 +226,19 @@ def _advance(static: _Static, params: Any, fixed: _Fixed, carry: _Carry, until: 
   return carry._replace(out=jax.tree.map(_whole, carry.out))
 
 
-def _draw(static: _Static, params: Any, fixed: _Fixed, carry: _Carry, x: jax.Array, states: Any) -> _Carry:
+def _draw(
+  static: _Static, params: Any, fixed: _Fixed, carry: _Carry, x: jax.Array, states: Any
+) -> _Carry:
   """Draws one token per row from the model's output `x` [batch, 1, embed] at `carry.position`."""
   logits = static.logits(params, x)[:, 0].astype(jnp.float32)
   keys = jax.vmap(jax.random.fold_in, (0, None))(fixed.keys, carry.made)
   token = logits_lib.sample(
-    logits, keys, temperature=static.temperature, top_k=static.top_k, top_p=static.top_p, allowed=fixed.allowed
+    logits,
+    keys,
+    temperature=static.temperature,
+    top_k=static.top_k,
+    top_p=static.top_p,
+    allowed=fixed.allowed,
   )
   logp = jnp.take_along_axis(jax.nn.log_softmax(logits), token[:, None], axis=1)[:, 0]
   token, logp = jnp.where(carry.done, 0, token), jnp.where(carry.done, 0.0, logp)
@@ -214,8 +249,7 @@ def _draw(static: _Static, params: Any, fixed: _Fixed, carry: _Carry, x: jax.Arr
   )
   position = carry.position + 1
   done = carry.done | (position >= static.slots)  # no slot left to feed the token to
-  if static.eos is not None:
-    done |= token == static.eos
+  done |= token == fixed.eos
   position = jnp.minimum(position, static.slots - 1)
   return _Carry(carry.made + 1, _whole(token), position, _whole(done), states, out)
 
@@ -229,9 +263,20 @@ def _whole(x: jax.Array) -> jax.Array:
 
 
 def _start(
-  model: Any, params: Any, prompts: Any, lengths: Any, key: jax.Array, *, max_new: int, temperature: float = 1.0,
-  top_k: int = 0, top_p: float = 1.0, eos: int | None = 1, allowed: Any = None, rows: Any = None,
-) -> tuple[_Static, _Fixed, _Carry]:  # fmt: skip
+  model: Any,
+  params: Any,
+  prompts: Any,
+  lengths: Any,
+  key: jax.Array,
+  *,
+  max_new: int,
+  temperature: float = 1.0,
+  top_k: int = 0,
+  top_p: float = 1.0,
+  eos: int | None = 1,
+  allowed: Any = None,
+  rows: Any = None,
+) -> tuple[_Static, _Fixed, _Carry]:
   """Checks the arguments, lays out the batch and runs the prefill."""
   logits_lib.check(temperature=temperature, top_k=top_k, top_p=top_p)
   prompts, lengths = np.asarray(prompts, np.int32), np.asarray(lengths, np.int32)
@@ -241,47 +286,74 @@ def _start(
   prompts, lengths, rows, live = (_fill(x) for x in (prompts, lengths, rows, live))
   batch, last, slots = _layout(model, prompts, lengths, max_new)
   static = _Static(
-    model.hidden, model.logits, model.states, model.card.kind, slots, max_new, float(temperature), top_k, float(top_p),
-    eos, mesh.context(),
-  )  # fmt: skip
+    model.hidden,
+    model.logits,
+    model.states,
+    model.card.kind,
+    slots,
+    max_new,
+    float(temperature),
+    top_k,
+    float(top_p),
+    mesh.context(),
+  )
   keys = jax.vmap(jax.random.fold_in, (None, 0))(key, rows)
   context = {k: v for k, v in batch.items() if k not in ('inputs', 'positions')}
   if allowed is not None:  # of the table's rows beyond the vocabulary none
-    allowed = np.concatenate([np.asarray(allowed, bool), np.zeros(model.card.rows - model.card.vocab, bool)])
-  fixed = _Fixed(keys, allowed, context)
+    allowed = np.concatenate(
+      [np.asarray(allowed, bool), np.zeros(model.card.rows - model.card.vocab, bool)]
+    )
+  fixed = _Fixed(keys, np.int32(-1 if eos is None else eos), allowed, context)
   return static, fixed, _prefill(static, params, batch, last, live, fixed)
 
 
-def _layout(model: Any, prompts: np.ndarray, lengths: np.ndarray, max_new: int) -> tuple[dict, np.ndarray, int]:
+def _layout(
+  model: Any, prompts: np.ndarray, lengths: np.ndarray, max_new: int
+) -> tuple[dict, np.ndarray, int]:
   """(the prefill's batch, position of each row's last token, slots in the state)."""
-  prompts = prompts[:, : int(min(prompts.shape[1], _room(model)))]  # what is cut is padding: `_check` saw to that
+  prompts = prompts[
+    :, : int(min(prompts.shape[1], _room(model)))
+  ]  # what is cut is padding: `_check` saw to that
   rows, width = prompts.shape
   real = np.arange(width) < lengths[:, None]
   if model.card.kind == 'encoder_decoder':
-    batch = {'encoder/inputs': np.where(real, prompts, 0), 'encoder/segments': real.astype(np.int32)}
+    batch = {
+      'encoder/inputs': np.where(real, prompts, 0),
+      'encoder/segments': real.astype(np.int32),
+    }
     batch['encoder/positions'] = np.broadcast_to(np.arange(width, dtype=np.int32), prompts.shape)
     inputs, last = np.full((rows, 1), START, np.int32), np.zeros(rows, np.int32)
-    slots = int(min(max_new, _table(model)))
+    slots = int(min(max_new, limit(model)))
   else:
     batch, last = {}, lengths
-    inputs = np.concatenate([np.full((rows, 1), START, np.int32), np.where(real, prompts, 0)], axis=1)
-    slots = int(min(width + max_new, _table(model)))
+    inputs = np.concatenate(
+      [np.full((rows, 1), START, np.int32), np.where(real, prompts, 0)], axis=1
+    )
+    slots = int(min(width + max_new, limit(model)))
   if model.card.kind == 'prefix':
     batch['prefix'] = np.arange(slots) <= lengths[:, None]
   positions = np.broadcast_to(np.arange(inputs.shape[1], dtype=np.int32), inputs.shape)
   return dict(batch, inputs=inputs, positions=positions), last, slots
 
 
-def _check(model: Any, prompts: np.ndarray, lengths: np.ndarray, max_new: int, allowed: Any) -> None:
+def _check(
+  model: Any, prompts: np.ndarray, lengths: np.ndarray, max_new: int, allowed: Any
+) -> None:
   card = model.card
   if max_new < 1:
     raise UserError(f'max_new must be at least 1, got {max_new}')
   if prompts.ndim != 2 or lengths.shape != prompts.shape[:1] or not len(prompts):
-    raise UserError(f'prompts must be [batch, length] and lengths [batch], got shapes {prompts.shape} and {lengths.shape}')
+    shapes = f'{prompts.shape} and {lengths.shape}'
+    raise UserError(f'prompts must be [batch, length] and lengths [batch], got shapes {shapes}')
   if lengths.min() < 0 or lengths.max() > prompts.shape[1]:
-    raise UserError(f'lengths must be between 0 and the width of the prompts, {prompts.shape[1]}; got {lengths.min()} to {lengths.max()}')
+    found = f'got {lengths.min()} to {lengths.max()}'
+    raise UserError(
+      f'lengths must be between 0 and the width of the prompts, {prompts.shape[1]}; {found}'
+    )
   if allowed is not None and np.shape(allowed) != (card.vocab,):
-    raise UserError(f'allowed must have one entry for each of the {card.vocab} ids of the model, got shape {np.shape(allowed)}')
+    raise UserError(
+      f'allowed must have one entry for each of the {card.vocab} ids, got shape {np.shape(allowed)}'
+    )
   room = _room(model)
   if lengths.max() > room:
     raise UserError(
@@ -297,12 +369,6 @@ def _room(model: Any) -> float:
   return model.card.length - (model.card.kind != 'encoder_decoder')
 
 
-def _table(model: Any) -> float:
-  """The number of positions that the model can represent: the rows of a learned table, else no bound."""
-  learned = 'Learned' in model.card.positions.split('+')
-  return model.card.length if learned and model.card.length else math.inf
-
-
 def _fill(x: np.ndarray) -> np.ndarray:
   """Rows of zeros (dead from the start: `live` is one of the arrays) until the batch divides over the mesh."""
   return np.concatenate([x, np.zeros((-len(x) % mesh.batch_ways(), *x.shape[1:]), x.dtype)])
@@ -313,10 +379,12 @@ def _encode(model: Any, vocab: Any, prompt: str) -> list[int]:
   inputs do, those of prefix LM do not), and is eos alone where there is no text."""
   if vocab.size > model.card.vocab:
     raise UserError(
-      f'the vocabulary has {vocab.size} ids, the model {model.card.vocab}: use the vocabulary the model was trained with'
+      f'the vocabulary has {vocab.size} ids, the model {model.card.vocab}: use the one it was trained with'
     )
   ids = list(vocab.encode(prompt))
-  if model.card.kind == 'encoder_decoder' and (not ids or set(ids) & set(map(int, vocab.sentinels))):
+  if model.card.kind == 'encoder_decoder' and (
+    not ids or set(ids) & set(map(int, vocab.sentinels))
+  ):
     ids.append(vocab.eos)
   return ids
 
@@ -326,7 +394,9 @@ def _pad(model: Any, ids: Sequence[Sequence[int]]) -> tuple[np.ndarray, np.ndarr
   longest = max(map(len, ids))
   width = int(max(longest, min(_room(model), 1 << max(4, (longest - 1).bit_length()))))
   padded = [[*row, *[0] * (width - len(row))] for row in ids]
-  return np.array(padded, np.int32).reshape(len(ids), width), np.array([len(row) for row in ids], np.int32)
+  return np.array(padded, np.int32).reshape(len(ids), width), np.array(
+    [len(row) for row in ids], np.int32
+  )
 
 
 def _allowed(model: Any, vocab: Any) -> np.ndarray:

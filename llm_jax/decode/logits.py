@@ -15,7 +15,9 @@ from llm_jax.core.errors import UserError
 PRESETS = dict(
   t5=dict(temperature=0.0),  # greedy; Raffel et al. 2020, arXiv:1910.10683, section 3.1.2
   alpaca=dict(temperature=0.7, top_k=50, top_p=0.9),
-  llama=dict(temperature=0.0),  # greedy on question answering; Touvron et al. 2023, arXiv:2302.13971
+  llama=dict(
+    temperature=0.0
+  ),  # greedy on question answering; Touvron et al. 2023, arXiv:2302.13971
   llama_pass1=dict(temperature=0.1),  # HumanEval pass@1, same paper, section 3.5
   llama_pass100=dict(temperature=0.8),  # HumanEval pass@100
 )
@@ -95,5 +97,9 @@ def sample(
   if temperature == 0:
     return jnp.argmax(logits, axis=-1).astype(jnp.int32)
   logits = keep_top_p(keep_top_k(scale(logits, temperature), top_k), top_p)
-  keys = key if key.ndim else jax.vmap(lambda row: jax.random.fold_in(key, row))(jnp.arange(logits.shape[0]))
+  keys = (
+    key
+    if key.ndim
+    else jax.vmap(lambda row: jax.random.fold_in(key, row))(jnp.arange(logits.shape[0]))
+  )
   return jax.vmap(jax.random.categorical)(keys, logits).astype(jnp.int32)

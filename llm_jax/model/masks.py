@@ -30,6 +30,13 @@ class Mask(NamedTuple):
     """Whether the mask is known from the shapes alone: everything, or causal."""
     return self.segments is None and (not self.causal or (self.prefix is None and self.queries is None))
 
+  def rows(self, start: int, stop: int) -> 'Mask':
+    """The mask of the queries start..stop-1 against the keys before `stop`, for a causal mask over a whole sequence."""
+    queries, segments = jnp.arange(start, stop)[None], self.segments
+    if segments is not None:
+      segments = (segments[0][:, start:stop], segments[1][:, :stop])
+    return self._replace(queries=queries, segments=segments)
+
   def dense(self, t: int, s: int) -> jax.Array | None:
     """bool [batch or 1, 1, t, s], True where the query may look; None when it may look everywhere."""
     seen = None

@@ -12,6 +12,7 @@ chunk instead of all, nothing computed twice (for [8, 512] positions and a vocab
 """
 
 import functools
+import itertools
 import math
 from collections.abc import Callable
 from typing import Any, NamedTuple
@@ -38,10 +39,11 @@ class Terms(NamedTuple):
 
 
 class Penalty(NamedTuple):
-  """z_loss: weight of the squared log-partition function; label_smoothing: probability moved off the target."""
+  """z_loss: weight of (log Z)^2; label_smoothing: s; vocab: V, where more logits than that pad the table (None: all)."""
 
   z_loss: float = 0.0
   label_smoothing: float = 0.0
+  vocab: int | None = None
 
 
 def whole(
@@ -68,8 +70,8 @@ def fused(
 
 def _terms(logits: jax.Array, targets: jax.Array, weights: jax.Array, penalty: Penalty):
   """(Terms, d loss / d logits as a function). Comparing with an iota keeps a vocabulary split over devices where it is."""
-  vocab = logits.shape[-1]
-  ids = jax.lax.broadcasted_iota(jnp.int32, (1, 1, vocab), 2)
+  ids = jax.lax.broadcasted_iota(jnp.int32, (1, 1, logits.shape[-1]), 2)
+  vocab = penalty.vocab or logits.shape[-1]
   is_target = ids == targets[..., None]
   top = jax.lax.stop_gradient(logits.max(-1))
   log_z = jnp.log(jnp.exp(logits - top[..., None]).sum(-1)) + top
@@ -81,7 +83,7 @@ def _terms(logits: jax.Array, targets: jax.Array, weights: jax.Array, penalty: P
   if penalty.label_smoothing:
     high = 1 - penalty.label_smoothing
     entropy = -(high * math.log(high) + (vocab - 1) * low * math.log(low + 1e-20))
-    smoothed = log_z - (high - low) * right - low * logits.sum(-1) - entropy
+    smoothed = log_z - (high - low) * right - low * jnp.where(ids < vocab, logits, 0).sum(-1) - entropy
   squares = penalty.z_loss * log_z**2
   accuracy = (right == top) / jnp.maximum(ties, 1)
   total = lambda term: (weights * term).sum()
@@ -89,7 +91,7 @@ def _terms(logits: jax.Array, targets: jax.Array, weights: jax.Array, penalty: P
 
   def gradient() -> jax.Array:
     p = jnp.exp(logits - log_z[..., None]) * (weights * (1 + 2 * penalty.z_loss * log_z))[..., None]
-    constant = jnp.where(is_target, 1 - penalty.label_smoothing, low)
+    constant = jnp.where(is_target, 1 - penalty.label_smoothing, jnp.where(ids < vocab, low, 0))
     return p - weights[..., None] * constant
 
   return terms, gradient
@@ -175,8 +177,21 @@ def _over_devices(run: Callable, head: Any, x: jax.Array, targets: jax.Array, we
 
   Left to itself XLA adds the head's gradients over the devices in every chunk.
   """
-  where = mesh.spec('batch', 'length') if mesh.current() is not None else PartitionSpec()
-  names = tuple(a for entry in where if entry for a in (entry if isinstance(entry, tuple) else (entry,)))
-  if math.prod(mesh.current().shape[a] for a in names) == 1 if names else True:
+  rows = mesh.spec('batch', 'length')
+  over = tuple(itertools.chain.from_iterable(e if isinstance(e, tuple) else (e,) for e in rows if e))
+  if mesh.current() is None or math.prod(mesh.current().shape[axis] for axis in over) == 1:
     return run(head, x, targets, weights)
-  raise SystemExit
+
+  def local(head: Any, x: jax.Array, targets: jax.Array, weights: jax.Array):
+    with mesh.outside():
+      terms, (of_head, of_x) = run(head, x, targets, weights)
+    return *jax.lax.psum((terms, of_head), over), of_x
+
+  whole = PartitionSpec()
+  places = dict(in_specs=(whole, rows, rows, rows), out_specs=(whole, whole, rows))
+  terms, of_head, of_x = jax.shard_map(local, axis_names=set(over), check_vma=False, **places)(
+    head, x, targets, weights
+  )
+  if mesh.is_explicit():  # a gradient has the type of its weight, split over devices included
+    of_head = jax.tree.map(lambda g, p: mesh.constrain(g, jax.typeof(p).sharding.spec), of_head, head)
+  return terms, (of_head, of_x)

@@ -31,10 +31,8 @@ def get_config(text=None):
     steps=arg.steps,
     microbatches=1,
     trainable=None,
-    init_from=None,
+    init=dict(init_from=None, rename=(), only=None),
     hooks=dict(
-      stop=use(hooks.preemption),
-      nan=use(hooks.stop_on_nan),
       heldout=use(hooks.evaluate, source=heldout, objective=use(language.next_token), every=4),
       samples=use(hooks.sample, generate=use(generate.text, max_new=8), prompts=('A',)),
     ),

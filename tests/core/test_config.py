@@ -10,7 +10,17 @@ import flax.linen as nn
 import pytest
 
 from llm_jax.core import config as config_lib
-from llm_jax.core.config import build, check, config, from_json, override, read, to_json, use, variant
+from llm_jax.core.config import (
+  build,
+  check,
+  config,
+  from_json,
+  override,
+  read,
+  to_json,
+  use,
+  variant,
+)
 from llm_jax.core.errors import UserError
 
 HERE = __name__
@@ -24,7 +34,14 @@ def warm(step, *, peak: float = 1e-2, warmup: int = 10):
   return peak * min(1, step / warmup)
 
 
-def optimizer(axes, *, schedule: Callable = constant, clip: float | None = 1.0, beta: float | None = None, names: tuple = ('a', 'b')):
+def optimizer(
+  axes,
+  *,
+  schedule: Callable = constant,
+  clip: float | None = 1.0,
+  beta: float | None = None,
+  names: tuple = ('a', 'b'),
+):
   return schedule(5), clip, beta, names
 
 
@@ -32,7 +49,14 @@ def block(*, heads: int, warmup: int = 1, kernel: Callable | None = None, mode: 
   return heads, warmup, kernel, mode
 
 
-def model(*, vocab: int, blocks: tuple = (), nested: dict | None = None, flag: bool = False, label: str = 'x'):
+def model(
+  *,
+  vocab: int,
+  blocks: tuple = (),
+  nested: dict | None = None,
+  flag: bool = False,
+  label: str = 'x',
+):
   return vocab, blocks, nested, flag, label
 
 
@@ -48,7 +72,12 @@ def source(model, folder='positional', *, length: int | None = None):
 def full():
   """One config with everything that configs are made of."""
   return config(
-    model=use(model, vocab=32, blocks=(use(block, heads=2), use(block, heads=4, kernel=constant)), nested=dict(a=1, b=use(constant))),
+    model=use(
+      model,
+      vocab=32,
+      blocks=(use(block, heads=2), use(block, heads=4, kernel=constant)),
+      nested=dict(a=1, b=use(constant)),
+    ),
     optimizer=use(optimizer, schedule=use(warm)),
     mesh=dict(data=-1, fsdp=1),
     hooks=dict(evaluate=use(source)),
@@ -66,7 +95,10 @@ def test_use_lists_every_argument_with_its_default():
   assert c.fn == f'{HERE}:optimizer'
   assert set(c.keys()) == {'fn', 'schedule', 'clip', 'beta', 'names'}
   assert (c.clip, c.beta, c.names) == (2.0, None, ('a', 'b'))
-  assert dict(c.schedule) == {'fn': f'{HERE}:constant', 'peak': 1e-2}  # a default that is a function is a call itself
+  assert dict(c.schedule) == {
+    'fn': f'{HERE}:constant',
+    'peak': 1e-2,
+  }  # a default that is a function is a call itself
 
 
 def test_build_gives_back_the_call():
@@ -121,7 +153,15 @@ def test_two_users_of_one_config_do_not_share_its_settings():
 
 def test_everything_is_locked_and_typed():
   c = full()
-  for node in (c, c.model, c.model.blocks[1], c.model.nested, c.model.nested.b, c.mesh, c.hooks.evaluate):
+  for node in (
+    c,
+    c.model,
+    c.model.blocks[1],
+    c.model.nested,
+    c.model.nested.b,
+    c.mesh,
+    c.hooks.evaluate,
+  ):
     assert node.is_locked
     with pytest.raises(AttributeError):
       node.foo = 1
@@ -144,18 +184,48 @@ def test_what_has_no_import_path_is_refused():
 @pytest.mark.parametrize(
   ('wrong', 'message'),
   [
-    (lambda: use(optimizer, clipp=1.0), r"optimizer takes no argument 'clipp'; did you mean 'clip'\?"),
+    (
+      lambda: use(optimizer, clipp=1.0),
+      r"optimizer takes no argument 'clipp'; did you mean 'clip'\?",
+    ),
     (lambda: use(Layer, name='x', width=1), r"Layer takes no argument 'name'; known: bias, width"),
     (lambda: use(source, folder='x'), r"source takes no argument 'folder'"),
-    (lambda: check(config(model=use(model))), r'config.model.vocab is required by .*model and not set; set --config.model.vocab=...'),
-    (lambda: check(config(m=use(model, vocab=1, blocks=(use(block),)))), r'config.m.blocks\[0\].heads is required'),
-    (lambda: check(config(m=use(model, vocab='x'))), r"config.m.vocab must be int, got 'x' \(str\)"),
-    (lambda: check(config(m=use(model, vocab=1.5))), r'config.m.vocab must be int, got 1.5 \(float\)'),
-    (lambda: check(config(m=use(model, vocab=True))), r'config.m.vocab must be int, got True \(bool\)'),
-    (lambda: check(config(m=use(model, vocab=1, flag=1))), r'config.m.flag must be bool, got 1 \(int\)'),
-    (lambda: check(config(m=use(model, vocab=1, label=3))), r'config.m.label must be str, got 3 \(int\)'),
-    (lambda: check(config(o=use(optimizer, beta='x'))), r"config.o.beta must be float or None, got 'x'"),
-    (lambda: check(config(b=use(block, heads=1, kernel='flash'))), r"config.b.kernel must be a function or None, got 'flash'"),
+    (
+      lambda: check(config(model=use(model))),
+      r'config.model.vocab is required by .*model and not set; set --config.model.vocab=...',
+    ),
+    (
+      lambda: check(config(m=use(model, vocab=1, blocks=(use(block),)))),
+      r'config.m.blocks\[0\].heads is required',
+    ),
+    (
+      lambda: check(config(m=use(model, vocab='x'))),
+      r"config.m.vocab must be int, got 'x' \(str\)",
+    ),
+    (
+      lambda: check(config(m=use(model, vocab=1.5))),
+      r'config.m.vocab must be int, got 1.5 \(float\)',
+    ),
+    (
+      lambda: check(config(m=use(model, vocab=True))),
+      r'config.m.vocab must be int, got True \(bool\)',
+    ),
+    (
+      lambda: check(config(m=use(model, vocab=1, flag=1))),
+      r'config.m.flag must be bool, got 1 \(int\)',
+    ),
+    (
+      lambda: check(config(m=use(model, vocab=1, label=3))),
+      r'config.m.label must be str, got 3 \(int\)',
+    ),
+    (
+      lambda: check(config(o=use(optimizer, beta='x'))),
+      r"config.o.beta must be float or None, got 'x'",
+    ),
+    (
+      lambda: check(config(b=use(block, heads=1, kernel='flash'))),
+      r"config.b.kernel must be a function or None, got 'flash'",
+    ),
     (lambda: check(config(hooks=dict(a=use(block)))), r'config.hooks.a.heads is required'),
   ],
 )
@@ -174,14 +244,19 @@ def changed(c, **kw):
 
 
 def test_build_refuses_keys_the_function_no_longer_takes():
-  with pytest.raises(UserError, match=r"config.o.clp: .*optimizer takes no argument 'clp'; did you mean 'clip'\?"):
+  with pytest.raises(
+    UserError, match=r"config.o.clp: .*optimizer takes no argument 'clp'; did you mean 'clip'\?"
+  ):
     check(config(o=changed(use(optimizer), clp=1)))
 
 
 @pytest.mark.parametrize(
   ('path', 'message'),
   [
-    ('llm_jax.core.nothing:f', r"names 'llm_jax.core.nothing:f', but there is no module 'llm_jax.core.nothing'"),
+    (
+      'llm_jax.core.nothing:f',
+      r"names 'llm_jax.core.nothing:f', but there is no module 'llm_jax.core.nothing'",
+    ),
     ('llm_jaxx.core:f', r"there is no module 'llm_jaxx'"),
     ('llm_jax.core.tree:mtach', r"llm_jax.core.tree has no 'mtach'; did you mean 'match'\?"),
     ('llm_jax.core.tree', r"llm_jax.core.tree has no ''; known: "),
@@ -291,21 +366,45 @@ def test_override_replaces_a_call_by_another_function():
   ('path', 'text', 'message'),
   [
     ('stps', '1', r"config has no key 'stps'; did you mean 'steps'\?"),
-    ('optimizer.schedul.peak', '1', r"config.optimizer has no key 'schedul'; did you mean 'schedule'\?"),
-    ('optimizer.schedule.pek', '1', r"config.optimizer.schedule has no key 'pek'; did you mean 'peak'\?"),
+    (
+      'optimizer.schedul.peak',
+      '1',
+      r"config.optimizer has no key 'schedul'; did you mean 'schedule'\?",
+    ),
+    (
+      'optimizer.schedule.pek',
+      '1',
+      r"config.optimizer.schedule has no key 'pek'; did you mean 'peak'\?",
+    ),
     ('optimizer.schedule.peak', 'abc', r"config.optimizer.schedule.peak must be float, got 'abc'"),
-    ('optimizer.schedule', '3', r'config.optimizer.schedule is a group of settings: set one of config.optimizer.schedule.peak, .*module:function'),
+    (
+      'optimizer.schedule',
+      '3',
+      r'config.optimizer.schedule is a group of settings: set one of config.optimizer.schedule.peak, .*module:function',
+    ),
     ('optimizer.schedule', f'{HERE}:cnstant', r"has no 'cnstant'; did you mean 'constant'\?"),
     ('optimizer.beta', 'x', r"config.optimizer.beta must be float or None, got 'x'"),
-    ('mesh', '3', r'config.mesh is a group of settings: set one of config.mesh.data, config.mesh.fsdp$'),
+    (
+      'mesh',
+      '3',
+      r'config.mesh is a group of settings: set one of config.mesh.data, config.mesh.fsdp$',
+    ),
     ('mesh.data', '2.5', r"config.mesh.data must be int, got '2.5'"),
     ('steps.x', '1', r"config.steps is a int, not a group of settings: it has no key 'x'"),
     ('steps', 'None', r"config.steps must be int, got 'None'"),
     ('model.flag', '2', r"config.model.flag must be bool, got '2'"),
     ('model.vocab', '3.5', r"config.model.vocab must be int, got '3.5'"),
     ('model.blocks[2].heads', '1', r'config.model.blocks has no element \[2\], only 2'),
-    ('model.blocks[x].heads', '1', r"config.model.blocks is a tuple, not a group of settings: it has no key 'x'"),
-    ('model.blocks[1].head', '1', r"config.model.blocks\[1\] has no key 'head'; did you mean 'heads'\?"),
+    (
+      'model.blocks[x].heads',
+      '1',
+      r"config.model.blocks is a tuple, not a group of settings: it has no key 'x'",
+    ),
+    (
+      'model.blocks[1].head',
+      '1',
+      r"config.model.blocks\[1\] has no key 'head'; did you mean 'heads'\?",
+    ),
     ('steps[0]', '1', r'config.steps has no element \[0\]'),
     ('', '1', r"config has no key ''"),
   ],
@@ -353,10 +452,12 @@ def test_json_mistakes():
 
 def test_variant():
   assert vars(variant(None, size='base', length=512)) == dict(size='base', length=512)
-  assert vars(variant('small,length=1024', size='base', length=512)) == dict(size='small', length=1024)
-  assert vars(variant('length=1e3,rate=1,on=true', size='base', length=512, rate=0.5, on=False)) == dict(
-    size='base', length=1000, rate=1.0, on=True
+  assert vars(variant('small,length=1024', size='base', length=512)) == dict(
+    size='small', length=1024
   )
+  assert vars(
+    variant('length=1e3,rate=1,on=true', size='base', length=512, rate=0.5, on=False)
+  ) == dict(size='base', length=1000, rate=1.0, on=True)
 
 
 @pytest.mark.parametrize(
@@ -393,7 +494,10 @@ PLAIN = f"""
 def test_read_a_file_with_and_without_arguments(tmp_path):
   path = write(tmp_path / 'one.py', PLAIN)
   assert read(path).size == 'base'
-  assert (read(path, 'small,warmup=7').size, read(path, 'small,warmup=7').schedule.warmup) == ('small', 7)
+  assert (read(path, 'small,warmup=7').size, read(path, 'small,warmup=7').schedule.warmup) == (
+    'small',
+    7,
+  )
 
 
 def test_read_a_dumped_config(tmp_path):
@@ -442,7 +546,9 @@ def test_reading_leaves_the_import_path_as_it_was(tmp_path):
 
 def test_read_mistakes(tmp_path):
   write(tmp_path / 'quickstart.py', 'def get_config(): pass')
-  with pytest.raises(UserError, match=r"no config file '.*quikstart.py'; did you mean '.*quickstart.py'\?"):
+  with pytest.raises(
+    UserError, match=r"no config file '.*quikstart.py'; did you mean '.*quickstart.py'\?"
+  ):
     read(str(tmp_path / 'quikstart.py'))
   with pytest.raises(UserError, match="no config file 'nowhere/at/all.py'; known: none"):
     read('nowhere/at/all.py')

@@ -37,7 +37,10 @@ def test_make_may_use_the_first_devices_only():
 @pytest.mark.parametrize(
   ('wrong', 'message'),
   [
-    (dict(data=16), 'data=16 needs 16 devices, this machine has 8: lower a size or set --config.mesh.data=-1'),
+    (
+      dict(data=16),
+      'data=16 needs 16 devices, this machine has 8: lower a size or set --config.mesh.data=-1',
+    ),
     (dict(data=4, tensor=4), 'data=4 x tensor=4 needs 16 devices'),
     (dict(data=-1, tensor=3), '8 devices do not divide by 3.*product divides 8'),
     (dict(data=-1, tensor=16), '8 devices do not divide by 16'),
@@ -66,17 +69,27 @@ def test_spec_raises_on_an_unknown_axis():
 def test_a_mesh_axis_splits_one_array_axis_only():
   assert mesh.spec('heads', 'ffn', kind='weights') == P('tensor', None)
   assert mesh.spec('embed', 'embed', kind='weights') == P('fsdp', None)
-  with mesh.rules(**dict(mesh.ZERO3, activations=dict(batch=('data', 'fsdp'), embed=('fsdp', 'tensor')))):
+  with mesh.rules(
+    **dict(mesh.ZERO3, activations=dict(batch=('data', 'fsdp'), embed=('fsdp', 'tensor')))
+  ):
     assert mesh.spec('batch', 'embed') == P(('data', 'fsdp'), 'tensor')
 
 
 def test_the_zero_stages_differ_in_what_is_split():
   kinds = ('weights', 'gradients', 'optimizer')
   split = {
-    name: [mesh_axes != P(None, None) for kind in kinds for mesh_axes in [in_rules(rules, 'embed', 'norm', kind=kind)]]
-    for name, rules in dict(data=mesh.DATA, zero1=mesh.ZERO1, zero2=mesh.ZERO2, zero3=mesh.ZERO3).items()
+    name: [
+      mesh_axes != P(None, None)
+      for kind in kinds
+      for mesh_axes in [in_rules(rules, 'embed', 'norm', kind=kind)]
+    ]
+    for name, rules in dict(
+      data=mesh.DATA, zero1=mesh.ZERO1, zero2=mesh.ZERO2, zero3=mesh.ZERO3
+    ).items()
   }
-  assert split == dict(data=[False] * 3, zero1=[False, False, True], zero2=[False, True, True], zero3=[True] * 3)
+  assert split == dict(
+    data=[False] * 3, zero1=[False, False, True], zero2=[False, True, True], zero3=[True] * 3
+  )
 
 
 def in_rules(rules, *axes, kind):
@@ -100,7 +113,10 @@ def test_rules_hold_inside_the_with_only():
   ('weights', 'message'),
   [
     (dict(embedd=('fsdp',)), r"axes.weights names the axis 'embedd'; did you mean 'embed'\?"),
-    (dict(embed=('fdsp',)), r"axes.weights.embed names the mesh axis 'fdsp'; did you mean 'fsdp'\?"),
+    (
+      dict(embed=('fdsp',)),
+      r"axes.weights.embed names the mesh axis 'fdsp'; did you mean 'fsdp'\?",
+    ),
     (dict(embed='fsdp'), r"axes.weights.embed is the text 'fsdp': write a tuple, \('fsdp',\)"),
   ],
 )
@@ -145,7 +161,10 @@ def test_shard_and_place(explicit):
 def test_gather_makes_weights_whole_over_the_batch_axes_and_leaves_gradients_split(explicit):
   with jax.set_mesh(mesh.make(fsdp=4, tensor=2, data=1, explicit=explicit)):
     m = jax.sharding.get_mesh()
-    w = jax.device_put(jnp.arange(32.0).reshape(8, 4), mesh.shardings({'w': ('embed', 'ffn')}, {'w': jnp.ones((8, 4))})['w'])
+    w = jax.device_put(
+      jnp.arange(32.0).reshape(8, 4),
+      mesh.shardings({'w': ('embed', 'ffn')}, {'w': jnp.ones((8, 4))})['w'],
+    )
     assert w.addressable_shards[0].data.shape == (2, 2)
     whole = jax.jit(lambda w: mesh.gather(w, ('embed', 'ffn')))(w)
     assert whole.sharding.is_equivalent_to(jax.NamedSharding(m, P(None, 'tensor')), 2)
@@ -155,12 +174,22 @@ def test_gather_makes_weights_whole_over_the_batch_axes_and_leaves_gradients_spl
 
 
 def test_shardings_follow_the_axes():
-  axes = {'a': {'table': ('vocab', 'embed')}, 'b': ('layers', 'embed', 'heads', 'head_dim'), 'c': ()}
+  axes = {
+    'a': {'table': ('vocab', 'embed')},
+    'b': ('layers', 'embed', 'heads', 'head_dim'),
+    'c': (),
+  }
   shapes = {'a': {'table': (32, 8)}, 'b': (3, 8, 4, 5), 'c': ()}
-  shapes = jax.tree.map(lambda s: jax.ShapeDtypeStruct(s, jnp.float32), shapes, is_leaf=lambda s: isinstance(s, tuple))
+  shapes = jax.tree.map(
+    lambda s: jax.ShapeDtypeStruct(s, jnp.float32), shapes, is_leaf=lambda s: isinstance(s, tuple)
+  )
   with jax.set_mesh(mesh.make(data=2, fsdp=2, tensor=2)):
     got = jax.tree.map(lambda s: s.spec, mesh.shardings(axes, shapes))
-  assert got == {'a': {'table': P('tensor', 'fsdp')}, 'b': P(None, 'fsdp', 'tensor', None), 'c': P()}
+  assert got == {
+    'a': {'table': P('tensor', 'fsdp')},
+    'b': P(None, 'fsdp', 'tensor', None),
+    'c': P(),
+  }
 
 
 def test_shardings_refuse():
@@ -168,15 +197,20 @@ def test_shardings_refuse():
   with pytest.raises(UserError, match='no mesh: wrap the call'):
     mesh.shardings({'q': ('embed', 'ffn')}, shapes)
   with jax.set_mesh(mesh.make(data=1, fsdp=4)):
-    with pytest.raises(UserError, match=r"q: axis 'embed' of size 6 does not divide by fsdp=4; .*--config.axes.weights.embed='\(\)'"):
+    with pytest.raises(
+      UserError,
+      match=r"q: axis 'embed' of size 6 does not divide by fsdp=4; .*--config.axes.weights.embed='\(\)'",
+    ):
       mesh.shardings({'q': ('embed', 'ffn')}, shapes)
 
 
 def test_parameters_per_device_are_the_zero_formulas():
-  """4 (weights + gradients, 2 bytes each) + 12 (optimizer) bytes per parameter, split as ZeRO says (checklist PAR-008)."""
+  """2 + 2 + 12 bytes per parameter (weights, gradients, Adam), split as ZeRO says (checklist PAR-008)."""
   n, psi = 8, 64 * 16
   full = dict(weights=2, gradients=2, optimizer=12)  # bytes per parameter
-  want = dict(DATA=16 * psi, ZERO1=4 * psi + 12 * psi // n, ZERO2=2 * psi + 14 * psi // n, ZERO3=16 * psi // n)
+  want = dict(
+    DATA=16 * psi, ZERO1=4 * psi + 12 * psi // n, ZERO2=2 * psi + 14 * psi // n, ZERO3=16 * psi // n
+  )
   with jax.set_mesh(mesh.make(data=1, fsdp=n)):
     for name, want_bytes in want.items():
       with mesh.rules(**getattr(mesh, name)):
@@ -193,6 +227,9 @@ def test_check_batch():
       mesh.check_batch(8, 3)
     with pytest.raises(UserError, match='batch of 8 does not divide into 0 microbatches'):
       mesh.check_batch(8, 0)
-    with pytest.raises(UserError, match=r'4 microbatch\(es\) of 2 examples do not divide over 4 devices.*multiple of 16'):
+    with pytest.raises(
+      UserError,
+      match=r'4 microbatch\(es\) of 2 examples do not divide over 4 devices.*multiple of 16',
+    ):
       mesh.check_batch(8, 4)
   mesh.check_batch(7)

@@ -46,7 +46,10 @@ def leaf(kind, w, split):
     'low_rank': (LowRank(jnp.asarray(w), a, b, scale=0.5), w + 0.5 * low),
     'scaled': (Scaled(jnp.asarray(w), scale), w * scale),
     'qlora': (LowRank(quantized, a, b, scale=2.0), values / np.float32(40) + 2.0 * low),
-    'scaled_qlora': (Scaled(LowRank(quantized, a, b), scale), (values / np.float32(40) + low) * scale),
+    'scaled_qlora': (
+      Scaled(LowRank(quantized, a, b), scale),
+      (values / np.float32(40) + low) * scale,
+    ),
   }[kind]
 
 
@@ -58,7 +61,9 @@ KINDS = ('plain', 'quantized', 'low_rank', 'scaled', 'qlora', 'scaled_qlora')
 def test_einsum_equals_the_dense_product(eq, kind):
   x, w, _ = operands(eq)
   w, oracle = leaf(kind, w, EQUATIONS[eq])
-  np.testing.assert_allclose(weights.einsum(eq, jnp.asarray(x), w), np.einsum(eq, x, oracle), rtol=2e-5, atol=2e-4)
+  np.testing.assert_allclose(
+    weights.einsum(eq, jnp.asarray(x), w), np.einsum(eq, x, oracle), rtol=2e-5, atol=2e-4
+  )
   np.testing.assert_allclose(weights.dense(w), oracle, rtol=1e-5, atol=1e-5)
   assert w.shape == oracle.shape and w.dtype == jnp.float32
 
@@ -68,13 +73,19 @@ def test_low_rank_takes_any_split_of_the_contracted_axes():
   x, w, _ = operands(eq)
   for split in (1, 2):  # with 1, half of the contracted axes are in a and half in b
     w_, oracle = leaf('low_rank', w, split)
-    np.testing.assert_allclose(weights.einsum(eq, jnp.asarray(x), w_), np.einsum(eq, x, oracle), rtol=2e-5, atol=2e-4)
+    np.testing.assert_allclose(
+      weights.einsum(eq, jnp.asarray(x), w_), np.einsum(eq, x, oracle), rtol=2e-5, atol=2e-4
+    )
 
 
 def test_low_rank_never_forms_the_sum():
   x, w, _ = operands('btd,df->btf')
   w, _ = leaf('low_rank', w, 1)
-  made = [v.aval.shape for e in jax.make_jaxpr(weights.einsum, static_argnums=0)('btd,df->btf', x, w).eqns for v in e.outvars]
+  made = [
+    v.aval.shape
+    for e in jax.make_jaxpr(weights.einsum, static_argnums=0)('btd,df->btf', x, w).eqns
+    for v in e.outvars
+  ]
   assert (SIZE['d'], SIZE['f']) not in made
 
 
@@ -82,15 +93,21 @@ def test_low_rank_never_forms_the_sum():
 def test_lookup_is_a_row_of_the_dense_table(kind):
   table, oracle = leaf(kind, draw(1, SIZE['v'], SIZE['d']), 1)
   ids = np.arange(8 * 4).reshape(8, 4) % SIZE['v']
-  np.testing.assert_allclose(weights.lookup(table, ids, dtype=jnp.float32), oracle[ids], rtol=1e-5, atol=1e-5)
-  np.testing.assert_allclose(weights.lookup(table, ids[0], dtype=jnp.float32), oracle[ids[0]], rtol=1e-5, atol=1e-5)
+  np.testing.assert_allclose(
+    weights.lookup(table, ids, dtype=jnp.float32), oracle[ids], rtol=1e-5, atol=1e-5
+  )
+  np.testing.assert_allclose(
+    weights.lookup(table, ids[0], dtype=jnp.float32), oracle[ids[0]], rtol=1e-5, atol=1e-5
+  )
 
 
 def test_lookup_with_a_scale_per_row():
   values, scale = np.arange(12, dtype=np.int8).reshape(4, 3), draw(0, 4, 1)
   table = Quantized(jnp.asarray(values), jnp.asarray(scale))
   ids = np.array([[3, 0, 1]])
-  np.testing.assert_allclose(weights.lookup(table, ids, dtype=jnp.float32), (values * scale)[ids], rtol=1e-6)
+  np.testing.assert_allclose(
+    weights.lookup(table, ids, dtype=jnp.float32), (values * scale)[ids], rtol=1e-6
+  )
 
 
 def test_dtype_is_that_of_the_activation_unless_named():
@@ -99,7 +116,9 @@ def test_dtype_is_that_of_the_activation_unless_named():
   assert weights.einsum('btd,df->btf', x, w, dtype=jnp.float32).dtype == jnp.float32
   assert weights.lookup(w, jnp.zeros((1, 2), int), dtype=jnp.bfloat16).dtype == jnp.bfloat16
   # the accumulator is as wide as the result: 257 ones do not fit the 8 bits of a bf16 mantissa
-  long = weights.einsum('btd,df->btf', jnp.ones((1, 1, 257), jnp.bfloat16), jnp.ones((257, 1)), dtype=jnp.float32)
+  long = weights.einsum(
+    'btd,df->btf', jnp.ones((1, 1, 257), jnp.bfloat16), jnp.ones((257, 1)), dtype=jnp.float32
+  )
   assert long.item() == 257
 
 
@@ -108,7 +127,20 @@ def test_the_low_rank_part_is_trained_and_the_rest_is_not_touched():
   low, _ = leaf('low_rank', w, 1)
   got = jax.grad(lambda w: weights.einsum('btd,df->btf', jnp.asarray(x), w).sum())(low)
   down = np.einsum('btd,dr->btr', x, low.a)
-  np.testing.assert_allclose(got.b, 0.5 * np.einsum('btr,f->rf', down, np.ones(SIZE['f'])), rtol=1e-4, atol=1e-4)
+  np.testing.assert_allclose(
+    got.b, 0.5 * np.einsum('btr,f->rf', down, np.ones(SIZE['f'])), rtol=1e-4, atol=1e-4
+  )
+
+
+@pytest.mark.parametrize('explicit', [False, True], ids=['auto', 'explicit'])
+def test_add_is_a_bias_on_the_last_axes(explicit):
+  x, b = draw(0, 8, 4, 4, 8), draw(1, 4, 8)
+  np.testing.assert_allclose(weights.add(jnp.asarray(x), jnp.asarray(b), 'hk'), x + b)
+  with jax.set_mesh(mesh.make(data=2, fsdp=2, tensor=2, explicit=explicit)):
+    m = jax.sharding.get_mesh()
+    put = jax.device_put(x, jax.NamedSharding(m, mesh.spec(*weights.axes_of('bthk'))))
+    got = jax.jit(weights.add, static_argnums=2)(put, placed(jnp.asarray(b), 'hk', 1), 'hk')
+    np.testing.assert_allclose(np.asarray(got), x + b)
 
 
 def test_axes_of_an_equation():
@@ -117,7 +149,11 @@ def test_axes_of_an_equation():
     weights.axes_of('z')
 
 
-MESHES = {'fsdp': dict(data=2, fsdp=4), 'tensor': dict(data=4, tensor=2), 'both': dict(data=2, fsdp=2, tensor=2)}
+MESHES = {
+  'fsdp': dict(data=2, fsdp=4),
+  'tensor': dict(data=4, tensor=2),
+  'both': dict(data=2, fsdp=2, tensor=2),
+}
 
 
 def placed(w, letters, split):
@@ -126,13 +162,17 @@ def placed(w, letters, split):
 
   def put(x, axes):
     axes = tuple(None if n == 1 else a for n, a in zip(x.shape, axes, strict=True))
-    return jax.device_put(x, jax.sharding.NamedSharding(jax.sharding.get_mesh(), mesh.spec(*axes, kind='weights')))
+    return jax.device_put(
+      x, jax.sharding.NamedSharding(jax.sharding.get_mesh(), mesh.spec(*axes, kind='weights'))
+    )
 
   def go(w):
     if isinstance(w, Quantized):
       return Quantized(put(w.values, names), put(w.scale, names))
     if isinstance(w, LowRank):
-      return LowRank(go(w.w), put(w.a, (*names[:split], 'rank')), put(w.b, ('rank', *names[split:])), w.scale)
+      return LowRank(
+        go(w.w), put(w.a, (*names[:split], 'rank')), put(w.b, ('rank', *names[split:])), w.scale
+      )
     if isinstance(w, Scaled):
       return Scaled(go(w.w), put(w.scale, names[-1:]))
     return put(w, names)

@@ -24,7 +24,9 @@ def support(logits: jax.Array) -> np.ndarray:
 
 def frequencies(seed: int, **settings) -> np.ndarray:
   rows = np.tile(np.log(PROBS).astype(np.float32), (DRAWS, 1))
-  ids = jax.jit(lambda logits, key: logits_lib.sample(logits, key, **settings))(rows, jax.random.key(seed))
+  ids = jax.jit(lambda logits, key: logits_lib.sample(logits, key, **settings))(
+    rows, jax.random.key(seed)
+  )
   return np.bincount(np.asarray(ids), minlength=len(PROBS))
 
 
@@ -65,7 +67,9 @@ def test_temperature_limits():
   assert (logits_lib.sample(logits, jax.random.key(0), temperature=0.0) == best).all()
   assert (logits_lib.sample(logits, jax.random.key(0), temperature=1e-30) == best).all()
   np.testing.assert_allclose(jax.nn.softmax(logits_lib.scale(logits, 1e20)), 1 / 11, rtol=1e-6)
-  np.testing.assert_allclose(jax.nn.softmax(logits_lib.scale(logits, 1.0)), jax.nn.softmax(logits), rtol=1e-6)
+  np.testing.assert_allclose(
+    jax.nn.softmax(logits_lib.scale(logits, 1.0)), jax.nn.softmax(logits), rtol=1e-6
+  )
 
 
 def test_banned_ids_stay_banned_at_any_temperature():
@@ -77,11 +81,20 @@ def test_banned_ids_stay_banned_at_any_temperature():
 def test_top_k_keeps_exactly_k_and_of_ties_the_lowest_ids():
   words = ['coffee', 'water', 'tea', 'rice', 'chai']  # the survey's figure 10
   logits = jnp.log(jnp.array([[0.661, 0.119, 0.057, 0.017, 0.057]]))
-  for k, kept in ((1, 'coffee'), (2, 'coffee water'), (3, 'coffee water tea'), (4, 'coffee water tea chai')):
-    assert [w for w, s in zip(words, support(logits_lib.keep_top_k(logits, k))[0]) if s] == kept.split()
+  for k, kept in (
+    (1, 'coffee'),
+    (2, 'coffee water'),
+    (3, 'coffee water tea'),
+    (4, 'coffee water tea chai'),
+  ):
+    assert [
+      w for w, s in zip(words, support(logits_lib.keep_top_k(logits, k))[0]) if s
+    ] == kept.split()
   assert logits_lib.keep_top_k(logits, 0) is logits
   assert logits_lib.keep_top_k(logits, 5) is logits
-  assert support(logits_lib.keep_top_k(jnp.zeros((2, 6)), 2)).tolist() == [[True] * 2 + [False] * 4] * 2
+  assert (
+    support(logits_lib.keep_top_k(jnp.zeros((2, 6)), 2)).tolist() == [[True] * 2 + [False] * 4] * 2
+  )
 
 
 def test_top_k_equals_a_stable_sort():
@@ -105,21 +118,25 @@ def test_top_p_support_is_the_smallest_set_of_that_mass(p):
 def test_top_p_of_one_changes_nothing_and_ties_go_to_the_lowest_ids():
   logits = jnp.asarray(np.random.default_rng(3).normal(size=(4, 9)), jnp.float32)
   assert logits_lib.keep_top_p(logits, 1.0) is logits
-  assert support(logits_lib.keep_top_p(jnp.zeros((1, 4)), 0.5)).tolist() == [[True, True, False, False]]
+  assert support(logits_lib.keep_top_p(jnp.zeros((1, 4)), 0.5)).tolist() == [
+    [True, True, False, False]
+  ]
 
 
 def test_a_row_does_not_depend_on_the_others():
   logits = jnp.asarray(np.random.default_rng(5).normal(size=(6, 9)), jnp.float32)
   keys = jax.random.split(jax.random.key(0), 6)
-  together = logits_lib.sample(logits, keys, temperature=1.3, top_k=5, top_p=0.9)
-  alone = [int(logits_lib.sample(logits[i : i + 1], keys[i : i + 1], temperature=1.3, top_k=5, top_p=0.9)[0]) for i in range(6)]
+  draw = jax.jit(lambda x, k: logits_lib.sample(x, k, temperature=1.3, top_k=5, top_p=0.9))
+  together = draw(logits, keys)
+  alone = [int(draw(logits[i : i + 1], keys[i : i + 1])[0]) for i in range(6)]
   assert together.tolist() == alone
 
 
 def test_presets_are_settings_of_sample():
   for settings in logits_lib.PRESETS.values():
     logits_lib.check(**dict(dict(temperature=1.0, top_k=0, top_p=1.0), **settings))
-    assert 0 <= int(logits_lib.sample(jnp.zeros((1, 60)), jax.random.key(0), **settings)[0]) < 60
+    draw = jax.jit(lambda x, k: logits_lib.sample(x, k, **settings))  # noqa: B023
+    assert 0 <= int(draw(jnp.zeros((1, 60)), jax.random.key(0))[0]) < 60
 
 
 @pytest.mark.parametrize(

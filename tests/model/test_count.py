@@ -10,11 +10,24 @@ import pytest
 
 from llm_jax.core import tree
 from llm_jax.core.errors import UserError
-from llm_jax.model import attention, block, count, ffn, heads, init, norms, positions, stack, transformer
+from llm_jax.model import (
+  attention,
+  block,
+  count,
+  ffn,
+  heads,
+  init,
+  norms,
+  positions,
+  stack,
+  transformer,
+)
 
 part = functools.partial
 DAY = 24 * 3600
 A100, V100, TPU3, TPU4 = 312e12, 125e12, 123e12, 275e12  # dense 16-bit peaks, FLOP/s
+
+RELU, GEGLU = part(ffn.MLP, activation=ffn.relu), part(ffn.Gated, activation=ffn.gelu_tanh)
 
 
 def gpt3(layers, embed, heads):
@@ -49,7 +62,15 @@ def llama(layers, embed, query_heads, hidden, groups=None, vocab=32000):
   )
 
 
-def t5(layers, embed, query_heads, head_dim, hidden, unit=part(ffn.MLP, activation=ffn.relu), head=heads.Tied):
+def t5(
+  layers,
+  embed,
+  query_heads,
+  head_dim,
+  hidden,
+  unit=RELU,
+  head=heads.Tied,
+):
   own = part(attention.SelfAttention, heads=query_heads, head_dim=head_dim, rotate=None, scale=1.0)
   cross = part(attention.CrossAttention, heads=query_heads, head_dim=head_dim, scale=1.0)
   unit = part(unit, hidden=hidden)
@@ -83,7 +104,6 @@ LLAMA = {
   '33b': (60, 6656, 52, 17920, 32_528_943_616, 32.5),
   '65b': (80, 8192, 64, 22016, 65_285_660_672, 65.2),
 }
-GEGLU = part(ffn.Gated, activation=ffn.gelu_tanh)
 T5 = {
   'small': (t5, (6, 512, 8, 64, 2048), 60_506_624),
   'base': (t5, (12, 768, 12, 64, 3072), 222_903_552),
@@ -134,8 +154,17 @@ def test_published_sizes(name):
 
 
 def test_every_cell_of_kaplans_table():
-  d, layers, attn, hidden, vocab, context = 3, 5, 7, 11, 13, 17  # primes: no two cells agree by chance
-  got = count.kaplan_table(embed=d, layers=layers, attention=attn, ffn=hidden, vocab=vocab, context=context)
+  d, layers, attn, hidden, vocab, context = (
+    3,
+    5,
+    7,
+    11,
+    13,
+    17,
+  )  # primes: no two cells agree by chance
+  got = count.kaplan_table(
+    embed=d, layers=layers, attention=attn, ffn=hidden, vocab=vocab, context=context
+  )
   n = 2 * d * layers * (2 * attn + hidden)
   assert got == dict(
     embed=((vocab + context) * d, 4 * d),
@@ -160,7 +189,9 @@ GRID = dict(
 def test_blocks_of_every_kind(values):
   norm, residual, bias, unit = values
   mixer = part(attention.SelfAttention, heads=4, groups=2, head_dim=5, bias=bias)
-  made = part(block.decoder, mixer=mixer, ffn=part(unit, hidden=24, bias=bias), norm=norm, residual=residual)
+  made = part(
+    block.decoder, mixer=mixer, ffn=part(unit, hidden=24, bias=bias), norm=norm, residual=residual
+  )
   final = None if residual is norms.post else norm
   model = transformer.causal(vocab=37, embed=16, layers=3, block=made, norm=final)
   assert count.total(model.card) == in_the_tree(model)
@@ -189,7 +220,11 @@ def test_models_of_every_kind(values):
   kw['block'] = (part(block.decoder, mixer=own, ffn=unit),) * 2  # a pattern
   if kind == 'encoder_decoder':
     cross = part(attention.CrossAttention, heads=4, groups=groups)
-    kw |= dict(block=part(block.cross_decoder, mixer=own, cross=cross, ffn=unit), encoder_block=kw['block'], encoder_layers=2)
+    kw |= dict(
+      block=part(block.cross_decoder, mixer=own, cross=cross, ffn=unit),
+      encoder_block=kw['block'],
+      encoder_layers=2,
+    )
   model = getattr(transformer, kind)(**kw)
   assert count.total(model.card) == in_the_tree(model)
   parts = count.parameters(model.card)
@@ -200,12 +235,16 @@ def test_models_of_every_kind(values):
 def tiny(kind):
   own = part(attention.SelfAttention, heads=4, head_dim=64)
   unit = part(ffn.Gated, hidden=1024)
-  kw = dict(vocab=512, embed=256, layers=2, runner=stack.loop, init=init.gpt2)  # XLA counts the body of a scan once
+  kw = dict(
+    vocab=512, embed=256, layers=2, runner=stack.loop, init=init.gpt2
+  )  # XLA counts the body of a scan once
   if kind == 'causal':
     return transformer.causal(**kw, block=part(block.decoder, mixer=own, ffn=unit))
   cross = part(attention.CrossAttention, heads=4, head_dim=64)
   made = part(block.cross_decoder, mixer=own, cross=cross, ffn=unit)
-  return transformer.encoder_decoder(**kw, block=made, encoder_layers=2, encoder_block=part(block.decoder, mixer=own, ffn=unit))
+  return transformer.encoder_decoder(
+    **kw, block=made, encoder_layers=2, encoder_block=part(block.decoder, mixer=own, ffn=unit)
+  )
 
 
 @pytest.mark.parametrize(('kind', 'encoder_length'), [('causal', 0), ('encoder_decoder', 96)])
@@ -236,7 +275,10 @@ def test_six_n_d_is_most_of_the_training_flops():
   assert exact == 3 * (352_724_189_184 + 2 * 50257 * 12288)
   assert 1.01 < exact / count.compute(parameters=173_946_175_488, tokens=1) < 1.02
   # PaLM's count of attention: 12 L H Q T, all of the square
-  assert count.training_flops(card, 2048, seen=1.0) - count.training_flops(card, 2048, seen=0.0) == 12 * 96 * 96 * 128 * 2048
+  assert (
+    count.training_flops(card, 2048, seen=1.0) - count.training_flops(card, 2048, seen=0.0)
+    == 12 * 96 * 96 * 128 * 2048
+  )
 
 
 @pytest.mark.parametrize(
@@ -280,7 +322,12 @@ def test_pf_days():
   ],
 )
 def test_mfu(parameters, tokens, chips, days, peak, printed):
-  got = count.mfu(count.compute(parameters=parameters, tokens=tokens), seconds=days * DAY, devices=chips, peak=peak)
+  got = count.mfu(
+    count.compute(parameters=parameters, tokens=tokens),
+    seconds=days * DAY,
+    devices=chips,
+    peak=peak,
+  )
   digits = len(str(printed).partition('.')[2])
   assert round(got, digits) == printed
 
@@ -292,14 +339,21 @@ def test_kv_bytes():
   states = jax.eval_shape(
     lambda: llama(2, 64, 4, 96, 2, vocab=8).states({}, dict(inputs=jnp.zeros((3, 1), int)), 10)
   )
-  assert tree.nbytes(states) == 3 * 10 * count.kv_bytes(llama(2, 64, 4, 96, 2, vocab=8).card, width=4)
+  assert tree.nbytes(states) == 3 * 10 * count.kv_bytes(
+    llama(2, 64, 4, 96, 2, vocab=8).card, width=4
+  )
 
 
 def test_intensity_of_attention():
   assert round(count.intensity(queries=1, keys=1024, head_dim=128), 6) == 1.967339
   assert round(count.intensity(queries=1024, keys=1024, head_dim=128), 4) == 113.7778
-  assert count.intensity(queries=1024, keys=1024, head_dim=128) == pytest.approx(1024 * 128 / (1024 + 128))
-  assert round(count.intensity(queries=1, keys=1024, head_dim=128, flops_per_mac=2, score_bytes=4), 3) == 0.991
+  assert count.intensity(queries=1024, keys=1024, head_dim=128) == pytest.approx(
+    1024 * 128 / (1024 + 128)
+  )
+  assert (
+    round(count.intensity(queries=1, keys=1024, head_dim=128, flops_per_mac=2, score_bytes=4), 3)
+    == 0.991
+  )
   assert A100 / 2e12 == 156
 
 

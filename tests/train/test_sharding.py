@@ -47,7 +47,7 @@ def batch():
 
 
 def optimizer(m, rule):
-  rule = dict(adamw=rules.adamw, adafactor=functools.partial(adafactor.adafactor, min_factored=8))[rule]
+  rule = dict(adamw=functools.partial(rules.adamw, eps=1e-3), adafactor=functools.partial(adafactor.adafactor, min_factored=8))[rule]
   return chain.make(m.axes, rule=rule, schedule=functools.partial(schedules.constant, peak=0.01), weight_decay=0.1)
 
 
@@ -84,21 +84,23 @@ def assert_same(found, wanted, rtol=1e-5):
 
 
 @pytest.mark.parametrize('name', MESHES)
-@pytest.mark.parametrize('explicit', [False, True], ids=['auto', 'explicit'])
-def test_every_mesh_computes_what_one_device_does(name, explicit):
-  assert_same(train(MESHES[name], mesh.ZERO3, explicit=explicit), alone())
+def test_every_mesh_computes_what_one_device_does(name):
+  assert_same(train(MESHES[name], mesh.ZERO3), alone())
 
 
-@pytest.mark.parametrize('rules_name', ['zero1', 'zero2'])
-@pytest.mark.parametrize('explicit', [False, True], ids=['auto', 'explicit'])
+@pytest.mark.parametrize('name', ['fsdp=8', 'data=4,tensor=2', 'data=2,fsdp=2,tensor=2'])
+def test_explicit_meshes_compute_what_one_device_does(name):
+  assert_same(train(MESHES[name], mesh.ZERO3, explicit=True), alone())
+
+
+@pytest.mark.parametrize(('rules_name', 'explicit'), [('zero1', False), ('zero2', False), ('zero2', True)])
 def test_zero_stages_compute_what_one_device_does(rules_name, explicit):
   found = train(MESHES['data=2,fsdp=2,tensor=2'], ALL_RULES[rules_name], explicit=explicit, rule='adamw')
   assert_same(found, alone('adamw'))
 
 
-@pytest.mark.parametrize('explicit', [False, True], ids=['auto', 'explicit'])
-def test_microbatches_and_unrolled_layers_on_a_mesh(explicit):
-  found = train(dict(data=2, fsdp=1, tensor=2), mesh.ZERO3, explicit=explicit, microbatches=2, runner=stack.loop)
+def test_microbatches_and_unrolled_layers_on_a_mesh():
+  found = train(dict(data=2, fsdp=1, tensor=2), mesh.ZERO3, explicit=True, microbatches=2, runner=stack.loop)
   assert_same(found, alone())
 
 

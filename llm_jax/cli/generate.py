@@ -1,0 +1,143 @@
+r"""Text from a trained model: one prompt streams to the terminal, several (or --num) come as blocks.
+
+  llm-jax generate --workdir=runs/quickstart --prompt="ROMEO:"
+  llm-jax generate --workdir=DIR --prompts_file=prompts.txt --num=3 --temperature=0
+
+The workdir is all it needs: config, vocabulary and newest checkpoint. Without a prompt it starts a new document.
+Mode tokens and sentinels are written as text: --prompt="[S]ROMEO:", --prompt="To be <extra_id_0> not to be".
+"""
+
+import itertools
+import json
+import os
+import sys
+from typing import Any
+
+import jax
+from absl import flags
+
+from llm_jax.cli.flags import parse
+from llm_jax.core.config import build, from_json
+from llm_jax.core.errors import UserError, nearest
+from llm_jax.data import vocab
+from llm_jax.decode import generate
+from llm_jax.decode import logits as logits_lib
+from llm_jax.train import checkpoint
+
+
+def main(argv: list[str]) -> int:
+  """Runs the command; returns the exit code."""
+  given = _flags()
+  if parse(argv, given, __doc__):
+    raise UserError(
+      'generate reads the config of the run: leave out --config and name the run with --workdir=DIR'
+    )
+  settings, prompts = _settings(given), _prompts(given)
+  try:
+    model, params, words = load(given.workdir, given.step)
+    _note_end(model, words, prompts, given.max_new)
+    key, shown = jax.random.key(given.seed), model.card.kind != 'encoder_decoder'
+    if len(prompts) == 1:
+      pieces = generate.stream_text(model, params, words, prompts[0], key, **settings)
+      for piece in itertools.chain(prompts if shown else [], pieces):
+        print(piece, end='', flush=True)
+      print()
+    else:
+      for i, text in enumerate(generate.text(model, params, words, prompts, key, **settings)):
+        print(
+          f'--- {i + 1} of {len(prompts)}: {prompts[i]!r}\n{prompts[i] * shown}{text}\n', flush=True
+        )
+  except KeyboardInterrupt:
+    print()
+    return 130
+  return 0
+
+
+def load(workdir: str | None, step: int | None = None) -> tuple[Any, Any, Any]:
+  """(model, params, vocabulary) of the run in `workdir` at a step that was kept, default the newest."""
+  if not workdir:
+    raise UserError('name the run to generate from: --workdir=DIR')
+  path, folder = os.path.join(workdir, 'config.json'), os.path.join(workdir, 'checkpoints')
+  kept = sorted(int(n) for n in os.listdir(folder) if n.isdigit()) if os.path.isdir(folder) else []
+  if not kept or not os.path.isfile(path):
+    config = path if os.path.isfile(path) else 'configs/quickstart.py'
+    raise UserError(
+      f'no trained model in {workdir} ({"no checkpoint yet" if not kept else "config.json is missing"}): '
+      f'train one with llm-jax train --config={config} --workdir={workdir}'
+    )
+  if step is not None and step not in kept:
+    raise UserError(
+      f'{workdir} has no checkpoint of step {step}; kept: {", ".join(map(str, kept))}'
+    )
+  with open(path, encoding='utf-8') as f:
+    described = json.load(f)
+  model = build(
+    from_json(json.dumps(described['model']))
+  )()  # the rest of the config is not needed, nor imported
+  shapes = jax.eval_shape(model.init, jax.random.key(0))
+  params = checkpoint.load_params(
+    workdir if step is None else os.path.join(folder, str(step)), shapes
+  )
+  return model, params, vocab.load(os.path.join(workdir, 'vocab'))
+
+
+def _flags() -> flags.FlagValues:
+  values = flags.FlagValues()
+  at = dict(flag_values=values)
+  flags.DEFINE_string('workdir', None, 'folder of the run, as given to llm-jax train', **at)
+  flags.DEFINE_multi_string('prompt', [], 'text to go on from; may be repeated', **at)
+  flags.DEFINE_string('prompts_file', None, 'a file with one prompt per line', **at)
+  flags.DEFINE_integer('max_new', 200, 'tokens to generate at most', lower_bound=1, **at)
+  flags.DEFINE_float(
+    'temperature', 0.8, 'logits are divided by it; 0 takes the likeliest token', **at
+  )
+  flags.DEFINE_integer('top_k', 0, 'draw from this many likeliest tokens; 0 from all', **at)
+  flags.DEFINE_float('top_p', 1.0, 'draw from the fewest tokens with this much probability', **at)
+  flags.DEFINE_string('preset', None, f'settings of a paper: {", ".join(logits_lib.PRESETS)}', **at)
+  flags.DEFINE_integer('seed', 0, 'the same seed gives the same text', **at)
+  flags.DEFINE_integer('num', 1, 'samples per prompt', lower_bound=1, **at)
+  flags.DEFINE_integer('step', None, 'step of the checkpoint; default the newest', **at)
+  return values
+
+
+def _settings(given: flags.FlagValues) -> dict[str, Any]:
+  """The sampler's settings: a preset's, where one is named, with what the command line sets itself on top."""
+  names = ('temperature', 'top_k', 'top_p')
+  settings = {name: given[name].value for name in names}
+  if given.preset is not None:
+    if given.preset not in logits_lib.PRESETS:
+      raise UserError(f'no preset {given.preset!r}; {nearest(given.preset, logits_lib.PRESETS)}')
+    own = {name: given[name].value for name in names if given[name].present}
+    settings = dict(temperature=1.0, top_k=0, top_p=1.0) | logits_lib.PRESETS[given.preset] | own
+  logits_lib.check(**settings)
+  return dict(settings, max_new=given.max_new)
+
+
+def _prompts(given: flags.FlagValues) -> list[str]:
+  prompts = list(given.prompt)
+  if given.prompts_file is not None:
+    try:
+      with open(given.prompts_file, encoding='utf-8') as f:
+        prompts += f.read().splitlines()
+    except OSError as e:
+      raise UserError(
+        f'cannot read --prompts_file={given.prompts_file}: {e.strerror.lower()}'
+      ) from e
+    except UnicodeDecodeError as e:
+      raise UserError(
+        f'{given.prompts_file} is not UTF-8 text (byte {e.start}): convert it with iconv'
+      ) from e
+    if not prompts:
+      raise UserError(f'{given.prompts_file} holds no prompt: write one per line')
+  return [prompt for prompt in prompts or [''] for _ in range(given.num)]
+
+
+def _note_end(model: Any, words: Any, prompts: list[str], max_new: int) -> None:
+  """Says beforehand when a table of learned positions will end the text early."""
+  limit = generate.limit(model)
+  longest = (
+    0 if model.card.kind == 'encoder_decoder' else max(len(words.encode(p)) for p in prompts)
+  )
+  if longest < limit < longest + max_new:
+    note = f'the model has {limit} positions: the text ends after {limit - longest} tokens'
+    print(f'llm-jax: note: {note}', file=sys.stderr)

@@ -1,0 +1,441 @@
+"""Checkpoints: asynchronous, checked, and never the reason that a run is lost. The only file that imports Orbax.
+
+A checkpoint is a folder `checkpoints/STEP` with two items: `state`, the arrays as nested dicts by path, and `meta`, JSON
+with the shape, dtype and checksum of every array, the position in the data, the averages of the metrics so far, and the
+config. It does not depend on the mesh, the optimizer's classes or how the model was executed.
+
+Orbax restores flipped bytes without a word, so the checksums are compared after restoring (`checksum.py`); a checkpoint
+that cannot be read or differs is put aside and the one before it is used. Shapes are compared before anything is read.
+"""
+
+import contextlib
+import json
+import logging
+import os
+import re
+import shutil
+import sys
+import zlib
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from typing import Any
+
+import jax
+import numpy as np
+import orbax.checkpoint as ocp
+from etils import epath
+from jax.experimental import multihost_utils
+from orbax.checkpoint import checkpoint_managers
+
+from llm_jax.core import tree
+from llm_jax.core.errors import UserError, nearest
+from llm_jax.train import checksum, damage
+
+FOLDER = 'checkpoints'
+FORMAT = 1
+GUARDED = ('loss', 'grad_norm', 'param_norm')  # what has to be finite for a state to be worth keeping
+
+# Orbax logs, with traces, what its exceptions say; they reach the user as one line from here.
+logging.getLogger('absl').addFilter(lambda record: f'{os.sep}orbax{os.sep}' not in record.pathname)
+
+
+class Saver:
+  """Saves and restores the state of a run. Owns the background thread that writes.
+
+  every: steps between checkpoints; the last step, where `steps` is given, is saved as well. keep: how many of the newest
+  stay. best: name of a metric, of the step or written by a hook at that step; the `keep_best` checkpoints with the
+  smallest value (`best_mode='max'`: largest) stay too. config_json: stored with each checkpoint.
+  """
+
+  def __init__(
+    self,
+    workdir: str,
+    *,
+    every: int = 250,
+    keep: int = 3,
+    best: str | None = None,
+    keep_best: int = 1,
+    best_mode: str = 'min',
+    asynchronous: bool = True,
+    steps: int | None = None,
+    config_json: str = '',
+  ):
+    if every < 1 or keep < 1 or keep_best < 1:
+      raise UserError(f'checkpoint: every={every}, keep={keep} and keep_best={keep_best} must be at least 1')
+    if best_mode not in ('min', 'max'):
+      raise UserError(f"checkpoint.best_mode={best_mode!r}: choose 'min' or 'max'")
+    self.folder = os.path.join(os.path.abspath(workdir), FOLDER)
+    self._every, self._steps, self._best, self._config = every, steps, best, config_json
+    self._parts: dict[str, Any] = {}
+    self._restored: dict[str, Any] = {}  # the parts of the checkpoint that was restored
+    self._saving: int | None = None
+    self._manager = _manager(self.folder, keep, best, keep_best, best_mode, asynchronous)
+
+  def track(self, name: str, part: Any) -> None:
+    """Stores `part.state()` (JSON) with every checkpoint under this name; gives it what was restored, if anything was."""
+    self._parts[name] = part
+    if name in self._restored:
+      part.restore(self._restored[name])
+
+  def steps(self) -> list[int]:
+    """Steps with a finished checkpoint, in order. One that is still being written is not among them."""
+    return _steps(self.folder)
+
+  def hook(self, step: int, state: Any, metrics: Any) -> None:
+    """Saves every `every` steps and at the last. Raises `UserError` when an earlier save failed in the background."""
+    self._check()
+    if step > 0 and (step % self._every == 0 or step == self._steps):
+      self.save(step, state, metrics)
+
+  def save(self, step: int, state: Any, metrics: Any) -> bool:
+    """Starts saving; returns once the arrays are copied. False if the step is saved already or its metrics are not finite.
+
+    Raises `UserError` when there is no room, or an earlier save failed; what was saved before stays.
+    """
+    self._check()
+    bad = [f'{name} is {float(metrics[name])}' for name in GUARDED if name in metrics and not np.isfinite(metrics[name])]
+    if bad:
+      self._say(f'step {step} is not saved: {bad[0]}')
+    if bad or step in self._manager.all_steps():
+      return False
+    arrays = {path: x for path, x in tree.flatten(state).items() if x.size}
+    meta = json.dumps(self._meta(step, arrays))
+    self._room(arrays)
+    with self._errors(step):
+      self._manager.save(
+        step,
+        args=ocp.args.Composite(
+          state=ocp.args.PyTreeSave(tree.unflatten(arrays)),
+          meta=ocp.args.JsonSave(dict(text=meta, crc=zlib.crc32(meta.encode()))),
+        ),
+        metrics=self._value(step, metrics),
+        force=True,
+      )
+    self._saving = step
+    return True
+
+  def wait(self) -> None:
+    """Returns when the last checkpoint is on disk. Raises `UserError` when it could not be written."""
+    with self._errors(self._saving):
+      self._manager.wait_until_finished()
+    self._saving = None
+
+  def restore(
+    self,
+    state: Any,
+    source: Any,
+    writer: Any = None,
+    *,
+    init_from: str | None = None,
+    rename: Sequence[tuple[str, str]] = (),
+    only: str | None = None,
+  ) -> Any:
+    """The newest good checkpoint of this workdir; without one, `state` with parameters from `init_from`, or as it is.
+
+    state: arrays or `ShapeDtypeStruct`s with the shardings wanted. source, writer: tracked, see `track`; the writer drops
+    what it wrote after the step. init_from, rename, only: see `warm_start`. Raises `UserError` when the checkpoint is of
+    another model, or when there are checkpoints but none is good.
+    """
+    self._restored = {}
+    self.track('source', source)
+    if writer is not None:
+      self.track('writer', writer)
+    steps = _from_first(self.steps())
+    if steps:
+      return self._newest(state, steps)
+    if writer is not None:
+      writer.restore(None)
+    return state if init_from is None else warm_start(state, init_from, rename=rename, only=only)
+
+  def rewind(self, state: Any, step: int) -> Any:
+    """The newest good checkpoint of at most `step`, with data and metrics of then; later ones are deleted. None: no such."""
+    self.wait()
+    steps = _from_first([s for s in self.steps() if s <= step])
+    if not steps:
+      return None
+    restored = self._newest(state, steps)
+    for later in _from_first(self.steps()):
+      if later > int(restored.step):
+        self._manager.delete(later)
+    return restored
+
+  def _newest(self, state: Any, steps: Sequence[int]) -> Any:
+    for step in reversed(steps):
+      folder = os.path.join(self.folder, str(step))
+      try:
+        meta = _read_meta(folder)
+        damage.compare(folder, meta['leaves'], tree.flatten(state))
+        arrays = _read(folder, meta['leaves'], tree.flatten(state))
+      except damage.Damaged as e:
+        self._set_aside(step, e)
+        continue
+      self._restored = meta['parts']
+      for name, part in self._parts.items():
+        if name in self._restored:
+          part.restore(self._restored[name])
+      return tree.map_paths(lambda path, x: arrays[path] if x.size else _zeros(x), state)  # noqa: B023
+    raise UserError(
+      f'none of the checkpoints in {self.folder} can be restored, see above; they are kept as STEP.damaged: '
+      'repair one and rename it back, or start anew with another --workdir'
+    )
+
+  def _set_aside(self, step: int, error: damage.Damaged) -> None:
+    """Renames a broken checkpoint: its step will be saved again, and it must not count among the newest."""
+    target = os.path.join(self.folder, f'{step}.damaged')
+    if jax.process_index() == 0:
+      shutil.rmtree(target, ignore_errors=True)
+      os.rename(os.path.join(self.folder, str(step)), target)
+    _barrier(f'damaged {step}')
+    self._manager.reload()
+    self._say(f'warning: checkpoint {step} is damaged ({error}); set aside as {target}, trying the one before')
+
+  def _meta(self, step: int, arrays: dict[str, Any]) -> dict[str, Any]:
+    sums = checksum.of(arrays)
+    leaves = {path: [list(x.shape), x.dtype.name, *sums[path]] for path, x in arrays.items()}
+    parts = {name: part.state() for name, part in self._parts.items()}
+    return dict(format=FORMAT, step=step, parts=parts, config=self._config, leaves=leaves)
+
+  def _value(self, step: int, metrics: Any) -> dict[str, float] | None:
+    """The metric that ranks checkpoints, if it is known for this step."""
+    if self._best is None:
+      return None
+    written = self._parts['writer'].latest if 'writer' in self._parts else {}
+    value = metrics.get(self._best)
+    if value is None and written.get(self._best, (None,))[0] == step:
+      value = written[self._best][1]
+    if value is None:
+      self._say(
+        f'checkpoint {step} has no {self._best!r} to be ranked by; {nearest(self._best, {*metrics, *written} - {self._best})}'
+      )
+    return None if value is None or not np.isfinite(value) else dict(value=float(value))
+
+  def _room(self, arrays: dict[str, Any]) -> None:
+    need = sum(s.data.nbytes for x in arrays.values() for s in x.addressable_shards if s.replica_id == 0)
+    free = shutil.disk_usage(self.folder).free
+    if free < need:
+      raise UserError(
+        f'no room for a checkpoint in {self.folder}: it needs {need / 1e6:.1f} MB, {free / 1e6:.1f} MB are free; '
+        f'make room or lower checkpoint.keep, then run the same command again{self._safe()}'
+      )
+
+  def _check(self) -> None:
+    """Brings up what went wrong in the background, as soon as it has ended."""
+    if self._saving is not None and not self._manager.is_saving_in_progress():
+      self.wait()
+
+  @contextlib.contextmanager
+  def _errors(self, step: int | None) -> Iterator[None]:
+    """What Orbax raises while writing, as one line."""
+    try:
+      yield
+    except UserError:
+      raise
+    except Exception as e:
+      raise UserError(
+        f'checkpoint {step} could not be written to {self.folder} ({damage.reason(e)}): make room or make the folder '
+        f'writable, then run the same command again{self._safe()}'
+      ) from e
+
+  def _safe(self) -> str:
+    steps = self.steps()
+    return f' (it goes on from step {steps[-1]})' if steps else ''
+
+  def _say(self, text: str) -> None:
+    writer = self._parts.get('writer')
+    if writer is not None:
+      writer.say(text)
+    elif jax.process_index() == 0:
+      print(text, file=sys.stderr, flush=True)
+
+
+def warm_start(state: Any, path: str, *, rename: Sequence[tuple[str, str]] = (), only: str | None = None) -> Any:
+  """`state` with parameters from another run; step and optimizer start afresh, a moving average starts from them.
+
+  path: a workdir (its newest good checkpoint) or the folder of one step. rename: (regex, replacement) pairs applied to the
+  stored names (`decoder/norm/scale`). only: a regex on the names here; the parameters it finds are loaded, the others stay.
+  Without it every parameter here and there must have its partner. Values are cast to the dtype here.
+  """
+  here = {p: x for p, x in tree.flatten(state.params).items() if x.size}
+  wanted = {p: x for p, x in here.items() if only is None or re.search(only, p)}
+  if not wanted:
+    raise UserError(f'only={only!r} matches no parameter; {nearest(only or "", here)}')
+
+  def choose(stored: Iterable[str]) -> dict[str, str]:
+    there = tree.rename({p.removeprefix('params/'): p for p in stored if p.startswith('params/')}, rename)
+    missing = [p for p in wanted if p not in there]
+    if missing:
+      raise UserError(f'{path} has no parameter {missing[0]!r}; {nearest(missing[0], there)}: see init_from, rename and only')
+    unused = [p for p in there if p not in wanted]
+    if unused and only is None:
+      raise UserError(f'{path} has a parameter {unused[0]!r} that this model lacks: choose the ones to load with only=REGEX')
+    return {p: there[p] for p in wanted}
+
+  new = _load(path, wanted, choose)
+  params = tree.map_paths(lambda p, x: new.get(p, x), state.params)
+
+  def refresh(p: str, x: Any) -> Any:
+    name = p.rpartition('ema/')[2] if re.search(r'(^|/)ema/', p) else ''
+    return jax.numpy.array(new[name], copy=True, device=x.sharding) if name in new else x
+
+  return state.replace(params=params, opt_state=tree.map_paths(refresh, state.opt_state))
+
+
+def load_params(path: str, params: Any) -> Any:
+  """The parameters of a run for use: their moving average where the run kept one.
+
+  path: as in `warm_start`. params: tree of arrays or `ShapeDtypeStruct`s (with shardings, if on a mesh).
+  """
+
+  def choose(stored: Iterable[str]) -> dict[str, str]:
+    stored = list(stored)
+    averaged = {p.partition('/ema/')[2]: p for p in stored if p.startswith('opt_state/') and '/ema/' in p}
+    chosen = {p: averaged.get(p, f'params/{p}') for p in tree.flatten(params)}
+    missing = [p for p, there in chosen.items() if there not in stored]
+    if missing:
+      known = [p.removeprefix('params/') for p in stored if p.startswith('params/')]
+      raise UserError(f'{path} has no parameter {missing[0]!r}; {nearest(missing[0], known)}: use the config it was trained with')
+    return chosen
+
+  new = _load(path, tree.flatten(params), choose)
+  return tree.map_paths(lambda p, _: new[p], params)
+
+
+def newest_step(path: str) -> int:
+  """The step of the newest checkpoint of a workdir. Raises `UserError` when there is none."""
+  return int(os.path.basename(_folders(path)[0]))
+
+
+def _load(path: str, wanted: dict[str, Any], choose: Callable) -> dict[str, Any]:
+  """Arrays for the targets `wanted`. choose: stored paths -> {target: stored path}. Damaged ones are passed over."""
+  for folder in _folders(path):
+    try:
+      meta = _read_meta(folder)
+      chosen = choose(meta['leaves'])
+      targets = {}
+      for p, stored in chosen.items():
+        shape, dtype, *_ = meta['leaves'][stored]
+        if tuple(shape) != tuple(wanted[p].shape):
+          raise UserError(f'{p!r} has shape {tuple(shape)} in {folder} and {tuple(wanted[p].shape)} here: use a matching config or only=REGEX')
+        targets[stored] = jax.ShapeDtypeStruct(shape, dtype, sharding=_sharding(wanted[p]))
+      arrays = _read(folder, meta['leaves'], targets)
+      return {p: arrays[stored].astype(wanted[p].dtype) for p, stored in chosen.items()}
+    except damage.Damaged as e:
+      print(f'warning: {folder} is damaged ({e}); trying the one before', file=sys.stderr, flush=True)
+  raise UserError(f'no checkpoint in {path} can be read, see above: name another run')
+
+
+# --- below: reading one folder, naming what is wrong with it ----------------------------------------
+
+
+def _manager(folder: str, keep: int, best: str | None, keep_best: int, mode: str, asynchronous: bool) -> ocp.CheckpointManager:
+  policies: list = [checkpoint_managers.LatestN(keep)]
+  value = lambda metrics: metrics['value']
+  if best is not None:
+    policies.append(
+      checkpoint_managers.BestN(get_metric_fn=value, reverse=mode == 'min', n=keep_best, keep_checkpoints_without_metrics=False)
+    )
+  options = ocp.CheckpointManagerOptions(
+    preservation_policy=checkpoint_managers.AnyPreservationPolicy(policies),
+    best_fn=None if best is None else value,
+    best_mode=mode,
+    cleanup_tmp_directories=True,
+    enable_async_checkpointing=asynchronous,
+    save_root_metadata=False,
+  )
+  damage.hush()
+  try:
+    os.makedirs(folder, exist_ok=True)
+    return ocp.CheckpointManager(
+      folder, options=options, item_handlers=dict(state=ocp.PyTreeCheckpointHandler(), meta=ocp.JsonCheckpointHandler())
+    )
+  except OSError as e:
+    raise UserError(f'cannot use {folder} for checkpoints ({damage.reason(e)}): choose another --workdir') from e
+
+
+def _steps(folder: str) -> list[int]:
+  """The numbered folders; Orbax gives a checkpoint its number when all of it is written."""
+  names = os.listdir(folder) if os.path.isdir(folder) else []
+  return sorted(int(n) for n in names if n.isdigit() and os.path.isdir(os.path.join(folder, n)))
+
+
+def _folders(path: str) -> list[str]:
+  """The checkpoints that `path` names, newest first: a workdir, its `checkpoints`, or one step."""
+  path = os.path.abspath(os.path.expanduser(path))
+  if os.path.isdir(os.path.join(path, 'meta')):
+    return [path]
+  folder = os.path.join(path, FOLDER) if os.path.isdir(os.path.join(path, FOLDER)) else path
+  steps = _steps(folder)
+  if not steps:
+    above = os.path.dirname(path)
+    near = [os.path.join(above, n) for n in os.listdir(above)] if os.path.isdir(above) else []
+    known = [n for n in near if os.path.isdir(os.path.join(n, FOLDER))]
+    raise UserError(f'there is no checkpoint in {path}: name the --workdir of a run; {nearest(path, known)}')
+  return [os.path.join(folder, str(s)) for s in reversed(steps)]
+
+
+def _read_meta(folder: str) -> dict[str, Any]:
+  """The `meta` item. Raises `Damaged` on all processes when one of them cannot read it."""
+  item, error = {}, None
+  try:
+    with damage.guard():
+      item = ocp.JsonCheckpointHandler().restore(epath.Path(folder) / 'meta', args=ocp.args.JsonRestore())
+      if zlib.crc32(item['text'].encode()) != item['crc']:
+        raise damage.Damaged('its description is not as it was written')
+  except damage.Damaged as e:
+    error = e
+  _agree(error)
+  meta = json.loads(item['text'])
+  if meta['format'] != FORMAT:
+    raise UserError(f'{folder} has format {meta["format"]}, this version reads {FORMAT}: use the llm_jax that wrote it')
+  return meta
+
+
+def _read(folder: str, leaves: dict[str, list], targets: dict[str, Any]) -> dict[str, jax.Array]:
+  """The arrays of `targets` by path, each where its target is, compared with their checksums."""
+  targets = {p: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=_sharding(x)) for p, x in targets.items() if x.size}
+  item, error = tree.unflatten(targets), None
+  restore_args = ocp.checkpoint_utils.construct_restore_args(item)
+  try:
+    with damage.guard():
+      restored = ocp.PyTreeCheckpointHandler().restore(
+        epath.Path(folder) / 'state',
+        args=ocp.args.PyTreeRestore(item=item, restore_args=restore_args, partial_restore=True),
+      )
+  except damage.Damaged as e:
+    error = e
+  _agree(error)
+  arrays = tree.flatten(restored)
+  for path, sums in checksum.of(arrays).items():
+    if list(sums) != leaves[path][2:]:
+      raise damage.Damaged(f'the values of {path!r} are not those that were saved')
+  return arrays
+
+
+def _sharding(x: Any) -> jax.sharding.Sharding:
+  return getattr(x, 'sharding', None) or jax.sharding.SingleDeviceSharding(jax.local_devices()[0])
+
+
+def _zeros(x: Any) -> jax.Array:
+  return jax.device_put(np.zeros(x.shape, x.dtype), _sharding(x))
+
+
+def _agree(error: damage.Damaged | None) -> None:
+  """Raises `Damaged` on all processes when one of them has an error."""
+  bad = error is not None
+  if jax.process_count() > 1:
+    bad = bool(multihost_utils.process_allgather(np.asarray(bad)).any())
+  if bad:
+    raise error or damage.Damaged('another process cannot read its part')
+
+
+def _from_first(steps: list[int]) -> list[int]:
+  """The list of process 0, for all: file systems differ in when they show a folder."""
+  if jax.process_count() == 1:
+    return steps
+  count = int(multihost_utils.broadcast_one_to_all(np.asarray(len(steps))))
+  padded = np.asarray((steps + [0] * count)[:count], np.int64)
+  return [int(s) for s in multihost_utils.broadcast_one_to_all(padded)]
+
+
+def _barrier(name: str) -> None:
+  if jax.process_count() > 1:
+    multihost_utils.sync_global_devices(name)

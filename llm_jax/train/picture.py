@@ -1,0 +1,83 @@
+"""`loss.png`: training loss and held-out bits per byte of a run, from its `metrics.jsonl`."""
+
+import json
+import os
+from typing import Any
+
+import numpy as np
+
+TRAIN, HELD_OUT = '#4878a8', '#c44e52'
+
+
+def draw(workdir: str, *, name: str = 'heldout') -> str | None:
+  """Writes `loss.png`; returns its path, or None when there are fewer than two points to draw.
+
+  Above the training loss in nats per token, each line's average and a smoothed curve; below, where it was evaluated, bits
+  per byte of the text `name`. Both against tokens trained on.
+  """
+  lines = read(os.path.join(workdir, 'metrics.jsonl'))
+  steps, loss = column(lines, 'loss')
+  if len(steps) < 2:
+    return None
+  at, bits = column(lines, f'{name}/bits_per_byte')
+  tokens = column(lines, 'tokens')
+  panels = _panels(2 if len(at) else 1)
+  x = np.interp(steps, *tokens)
+  panels[0].plot(x, loss, color=TRAIN, alpha=0.3, linewidth=1)
+  panels[0].plot(x, smooth(loss), color=TRAIN, linewidth=1.8)
+  _label(panels[0], 'training loss\n(nats per token)', loss, x[-1], smooth(loss)[-1], TRAIN)
+  if len(at):
+    x = np.interp(at, *tokens)
+    panels[1].plot(x, bits, color=HELD_OUT, marker='o', markersize=4, linewidth=1.8)
+    _label(panels[1], 'held-out text\n(bits per byte)', bits, x[-1], bits[-1], HELD_OUT)
+  panels[-1].set_xlabel('tokens')
+  path = os.path.join(workdir, 'loss.png')
+  panels[0].figure.savefig(f'{path}.new', format='png')
+  os.replace(f'{path}.new', path)
+  return path
+
+
+def read(path: str) -> list[dict[str, Any]]:
+  """The lines of a `metrics.jsonl`; none if there is no file."""
+  if not os.path.exists(path):
+    return []
+  with open(path, encoding='utf-8') as f:
+    return [json.loads(line) for line in f if line.endswith('\n')]
+
+
+def column(lines: list[dict[str, Any]], name: str) -> tuple[np.ndarray, np.ndarray]:
+  """(steps, values) of a metric where it was written and finite."""
+  found = [(line['step'], line[name]) for line in lines if line.get(name) is not None]
+  return tuple(np.array(found, float).reshape(-1, 2).T)
+
+
+def smooth(values: np.ndarray) -> np.ndarray:
+  """A running mean over about a twentieth of the points, centred, shorter at the ends."""
+  half = max(1, len(values) // 40)
+  total = np.concatenate([[0.0], np.cumsum(values)])
+  i = np.arange(len(values))
+  reach = np.minimum(half, np.minimum(i, len(values) - 1 - i))
+  return (total[i + reach + 1] - total[i - reach]) / (2 * reach + 1)
+
+
+def _panels(count: int) -> list[Any]:
+  from matplotlib.backends.backend_agg import FigureCanvasAgg
+  from matplotlib.figure import Figure
+
+  figure = Figure(figsize=(7, 2.6 * count), dpi=150, layout='constrained')
+  FigureCanvasAgg(figure)
+  return list(figure.subplots(count, 1, sharex=True, squeeze=False)[:, 0])
+
+
+def _label(panel: Any, title: str, values: np.ndarray, x: float, last: float, color: str) -> None:
+  """Units, a light grid, the last value; the axis leaves out a first spike that would flatten the rest."""
+  from matplotlib.ticker import EngFormatter
+
+  panel.set_ylabel(title)
+  panel.xaxis.set_major_formatter(EngFormatter(sep=''))
+  panel.grid(alpha=0.25)
+  panel.spines[['top', 'right']].set_visible(False)
+  low, high = values.min(), max(np.quantile(values, 0.98), values[min(1, len(values) - 1)])
+  margin = 0.06 * (high - low) or 0.1
+  panel.set_ylim(low - margin, high + margin)
+  panel.annotate(f'{last:.3f}', (x, last), (6, 0), textcoords='offset points', color=color, va='center', annotation_clip=False)

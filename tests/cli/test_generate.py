@@ -1,0 +1,206 @@
+"""`llm-jax generate` as a user runs it, on a run that was saved a moment ago, and given wrong input."""
+
+import os
+import subprocess
+import sys
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from llm_jax.cli import generate as command
+from llm_jax.cli import main
+from llm_jax.core.config import build, config, to_json, use
+from llm_jax.data import vocab
+from llm_jax.model import attention, block, ffn, positions, transformer
+from llm_jax.train import checkpoint
+from llm_jax.train.state import State
+
+ROOT = os.path.dirname(os.path.dirname(os.path.dirname(os.path.abspath(__file__))))
+LENGTH = 48
+
+
+class Source:
+  """A position in the data, which every checkpoint holds."""
+
+  def state(self):
+    return {}
+
+  def restore(self, saved):
+    pass
+
+
+@pytest.fixture(scope='module')
+def workdir(tmp_path_factory):
+  """What `train` leaves behind: config, vocabulary, checkpoints of steps 1 and 2."""
+  folder = tmp_path_factory.mktemp('runs') / 'tiny'
+  layer = use(
+    block.decoder,
+    mixer=use(attention.SelfAttention, heads=2, rotate=None),
+    ffn=use(ffn.Gated, hidden=16),
+  )
+  cfg = config(
+    model=use(
+      transformer.causal,
+      vocab=262,
+      embed=8,
+      layers=1,
+      block=layer,
+      length=LENGTH,
+      positions=use(positions.Learned),
+    ),
+    steps=2,
+  )
+  saver = checkpoint.Saver(str(folder), keep=5)
+  shapes = jax.eval_shape(build(cfg.model)().init, jax.random.key(0))
+  for step in (1, 2):
+    rng = np.random.default_rng(step)
+    params = jax.tree.map(lambda x: jnp.asarray(rng.normal(size=x.shape), x.dtype), shapes)  # noqa: B023
+    state = State(jnp.int32(step), params, ())
+    assert saver.restore(state, Source()) is not None if step == 1 else True
+    assert saver.save(step, state, {})
+  saver.wait()
+  (folder / 'config.json').write_text(to_json(cfg))
+  vocab.bytes_(extra_ids=0).save(str(folder / 'vocab'))
+  return str(folder)
+
+
+@pytest.fixture
+def call(workdir, capfd):
+  """Runs the command in this process: (stdout, stderr)."""
+
+  def run(*flags, expect=0, workdir=workdir):
+    assert main.main(['generate', f'--workdir={workdir}', *flags]) == expect
+    found = capfd.readouterr()
+    assert 'Traceback' not in found.err
+    return found.out, found.err
+
+  return run
+
+
+def test_in_a_process_of_its_own(workdir, call):
+  """The same bytes as in this process, piece by piece, without TensorFlow."""
+  code = (
+    'import sys\n'
+    'from llm_jax.cli.main import main\n'
+    'code = main(sys.argv[1:])\n'
+    'assert not {"tensorflow", "seqio"} & set(sys.modules)\n'
+    'sys.exit(code)\n'
+  )
+  flags = ['--prompt=ROMEO:', '--max_new=12', '--seed=3']
+  env = {k: v for k, v in os.environ.items() if k != 'XLA_FLAGS'} | dict(PYTHONPATH=ROOT)
+  done = subprocess.run(
+    [sys.executable, '-c', code, 'generate', f'--workdir={workdir}', *flags],
+    env=env,
+    capture_output=True,
+    timeout=300,
+  )
+  assert done.returncode == 0, done.stderr.decode()[-3000:]
+  out = done.stdout.decode()
+  assert out.startswith('ROMEO:') and out.endswith('\n') and len(out) > 10
+  assert out == call(*flags)[0]
+
+
+def test_several_prompts_come_as_blocks(call, tmp_path):
+  (tmp_path / 'prompts.txt').write_text('second\nthird “one”\n')
+  out, _ = call(
+    '--prompt=first', f'--prompts_file={tmp_path}/prompts.txt', '--num=2', '--max_new=4'
+  )
+  blocks = [line for line in out.splitlines() if line.startswith('--- ')]
+  assert [b.split(': ')[1] for b in blocks] == ["'first'", "'first'", "'second'", "'second'"] + [
+    "'third “one”'"
+  ] * 2
+  assert blocks[0].startswith('--- 1 of 6') and '\nthird “one”' in out
+
+
+def test_no_prompt_and_an_empty_prompt_start_a_new_document(call):
+  assert (
+    call('--max_new=6', '--seed=1')[0] == call('--prompt=', '--max_new=6', '--seed=1')[0] != '\n'
+  )
+
+
+def test_seed_temperature_preset_and_step_are_heard(call):
+  run = lambda *flags: call('--prompt=A', '--max_new=12', *flags)[0]
+  assert run() == run('--seed=0') != run('--seed=1')
+  greedy = run('--temperature=0')
+  assert (
+    greedy
+    == run('--temperature=0', '--seed=9')
+    == run('--top_k=1')
+    == run('--preset=llama', '--seed=2')
+  )
+  assert run('--preset=llama', '--temperature=5', '--seed=2') != greedy
+  assert run('--temperature=0', '--step=2') == greedy != run('--temperature=0', '--step=1')
+
+
+def test_the_end_of_a_position_table_is_announced(call):
+  prompt = 'a' * (LENGTH - 5)
+  _, err = call(f'--prompt={prompt}', '--max_new=12')
+  assert f'{LENGTH} positions' in err and 'after 5 tokens' in err
+  assert call('--prompt=a', '--max_new=12')[1] == ''
+
+
+def test_the_checkpoint_is_the_one_that_was_saved(workdir):
+  model, params, words = command.load(workdir, 1)
+  rng = np.random.default_rng(1)
+  for leaf in jax.tree.leaves(params):
+    np.testing.assert_array_equal(leaf, rng.normal(size=leaf.shape).astype(np.float32))
+  assert model.card.vocab == words.size == 262
+
+
+BAD = {
+  'an unknown flag': (('--tempreature=1',), "did you mean 'temperature'"),
+  'a config': (('--config=configs/quickstart.py',), 'leave out --config'),
+  'a stray argument': (('ROMEO:',), 'unexpected argument'),
+  'a negative temperature': (('--temperature=-1',), 'temperature must be 0'),
+  'a temperature that is no number': (('--temperature=hot',), 'temperature'),
+  'top_p of zero': (('--top_p=0',), r'top_p must be in (0, 1]'),
+  'top_p above one': (('--top_p=1.1',), r'top_p must be in (0, 1]'),
+  'a negative top_k': (('--top_k=-3',), 'top_k'),
+  'no new token': (('--max_new=0',), 'max_new'),
+  'no sample': (('--num=0',), 'num'),
+  'an unknown preset': (('--preset=alpca',), "did you mean 'alpaca'"),
+  'a step that was not kept': (('--step=7',), 'no checkpoint of step 7; kept: 1, 2'),
+  'a prompt that is too long': (
+    ('--prompt=' + 'a' * LENGTH,),
+    f'{LENGTH} tokens, the model reads at most {LENGTH - 1}',
+  ),
+  'a missing file of prompts': (('--prompts_file=nowhere.txt',), 'nowhere.txt: no such file'),
+}
+
+
+def assert_one_line(err, message):
+  lines = [line for line in err.splitlines() if line.startswith('llm-jax: error:')]
+  assert len(lines) == 1 and message in lines[0], err
+
+
+@pytest.mark.parametrize('name', BAD)
+def test_wrong_input_gets_one_line(name, call):
+  flags, message = BAD[name]
+  out, err = call(*flags, expect=2)
+  assert_one_line(err, message)
+  assert out == ''
+
+
+def test_an_empty_or_undecodable_file_of_prompts(call, tmp_path):
+  (tmp_path / 'empty.txt').write_text('')
+  assert_one_line(call(f'--prompts_file={tmp_path}/empty.txt', expect=2)[1], 'holds no prompt')
+  (tmp_path / 'latin.txt').write_bytes('déjà'.encode('latin-1'))
+  assert_one_line(call(f'--prompts_file={tmp_path}/latin.txt', expect=2)[1], 'not UTF-8')
+
+
+def test_a_folder_without_a_run_names_the_command_that_makes_one(call, tmp_path):
+  missing = call(expect=2, workdir=tmp_path)[1]
+  assert_one_line(missing, f'llm-jax train --config=configs/quickstart.py --workdir={tmp_path}')
+  (tmp_path / 'config.json').write_text('{}')
+  assert_one_line(
+    call(expect=2, workdir=tmp_path)[1], f'--config={tmp_path}/config.json --workdir={tmp_path}'
+  )
+  assert_one_line(call(expect=2, workdir='')[1], 'name the run')
+
+
+def test_a_run_whose_vocabulary_is_missing(call, workdir, tmp_path):
+  for name in ('config.json', 'checkpoints'):
+    os.symlink(os.path.join(workdir, name), tmp_path / name)
+  assert_one_line(call(expect=2, workdir=tmp_path)[1], 'no vocabulary')

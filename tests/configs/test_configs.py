@@ -1,0 +1,196 @@
+"""Every config file, every size: it reads, survives JSON, and builds its model without allocating it."""
+
+import ast
+import functools
+import pathlib
+import re
+import shlex
+
+import jax
+import ml_collections
+import pytest
+
+from llm_jax.cli import flags
+from llm_jax.core import config as config_lib
+from llm_jax.core import mesh, tree
+from llm_jax.core.config import build
+from llm_jax.core.errors import UserError
+from llm_jax.data import batch as batch_lib
+from llm_jax.model import count
+from llm_jax.train import state as state_lib
+from llm_jax.train import step as step_lib
+
+ROOT = pathlib.Path(__file__).resolve().parents[2]
+FILES = sorted(
+  str(p.relative_to(ROOT)) for p in ROOT.glob('configs/**/*.py') if p.name != '__init__.py'
+)
+KEYS = (
+  'model source objective optimizer mesh axes steps microbatches trainable init_from hooks checkpoint log_every seed'
+).split()
+
+# all parameters, the vocabulary not padded (survey checklist, part 5)
+SIZES = {
+  'configs/pretrain/gpt3.py': {
+    'small': 125_226_240,
+    'medium': 355_871_744,
+    'large': 760_300_032,
+    'xl': 1_315_723_264,
+    '2.7b': 2_651_553_280,
+    '6.7b': 6_658_404_352,
+    '13b': 12_853_386_240,
+    '175b': 174_604_259_328,
+  },
+  'configs/pretrain/llama.py': {
+    '7b': 6_738_415_616,
+    '13b': 13_015_864_320,
+    '33b': 32_528_943_616,
+    '65b': 65_285_660_672,
+  },
+  'configs/pretrain/t5_small.py': {None: 60_506_624},
+}
+
+
+def docstring(file):
+  return ast.get_docstring(ast.parse((ROOT / file).read_text(encoding='utf-8')))
+
+
+def commands(file):
+  """The arguments of the `llm-jax train` lines of a config's docstring."""
+  return re.findall(r'^ *(?:\w+=\S+ )?llm-jax train (.*)$', docstring(file), re.M)
+
+
+def cases():
+  """(file, what follows the colon) of every file, every size in it, and every variant that a docstring names."""
+  found = {(file, text) for file in FILES for text in SIZES.get(file, {None: 0})}
+  found |= {(file, None) for file in FILES}
+  for command in (c for file in FILES for c in commands(file)):
+    file, _, text = re.search(r'--config=(\S+)', command)[1].partition(':')
+    found.add((file, text or None))
+  return sorted(found, key=str)
+
+
+CASES = cases()
+EVERY = pytest.mark.parametrize(
+  ('file', 'text'), CASES, ids=[f'{f[8:-3]}:{t or ""}' for f, t in CASES]
+)
+
+
+@functools.cache
+def read(file, text):
+  return config_lib.read(str(ROOT / file), text)
+
+
+@functools.cache
+def model_of(file, text):
+  return build(read(file, text).model)()
+
+
+def groups(cfg):
+  """`cfg` and every group of settings below it."""
+  yield cfg
+  for value in cfg.values():
+    for part in value if isinstance(value, tuple) else (value,):
+      if isinstance(part, ml_collections.ConfigDict):
+        yield from groups(part)
+
+
+@EVERY
+def test_reads_checks_and_survives_json(file, text):
+  c = read(file, text)
+  assert sorted(c.keys()) == sorted(KEYS)
+  assert all(group.is_locked for group in groups(c))
+  config_lib.check(c)
+  again = config_lib.from_json(config_lib.to_json(c))
+  assert again == c and config_lib.to_json(again) == config_lib.to_json(c)
+  assert config_lib.read(str(ROOT / file), text) is not c  # nothing is shared between two readings
+  assert c.source.batch % c.microbatches == 0
+
+
+@EVERY
+def test_the_model_is_built_without_allocating_it(file, text):
+  model = model_of(file, text)
+  shapes = jax.eval_shape(model.init, jax.random.key(0))
+  assert tree.count(shapes) == count.total(model.card)
+  if text in SIZES.get(file, {}):
+    assert count.total(model.card._replace(rows=model.card.vocab)) == SIZES[file][text]
+
+
+@EVERY
+def test_state_and_optimizer_divide_over_eight_devices(file, text):
+  c, model = read(file, text), model_of(file, text)
+  with jax.set_mesh(mesh.make(**c.mesh)), mesh.rules(**c.axes):
+    layout = state_lib.layout(model, build(c.optimizer)(model.axes), c.trainable)
+    mesh.check_batch(c.source.batch, c.microbatches)
+    if c.mesh.fsdp == -1:  # what is too large for one device is split over all
+      shapes = jax.eval_shape(model.init, jax.random.key(0))
+      one = jax.tree.map(
+        lambda s, x: jax.ShapeDtypeStruct(s.shard_shape(x.shape), x.dtype),
+        layout.state.params,
+        shapes,
+      )
+      assert tree.count(one) < 1.01 * tree.count(shapes) / 8
+
+
+@pytest.mark.parametrize('file', FILES)
+def test_one_update_traces(file):
+  text = next(iter(SIZES.get(file, {None: 0})))
+  c, model = read(file, text), model_of(file, text)
+  tx = build(c.optimizer)(model.axes)
+  encoder = c.source.encoder_length or c.source.length
+  layout = batch_lib.Layout(
+    model.card.kind, c.source.length, encoder if model.card.encoder_layers else 0, True
+  )
+  batch = batch_lib.empty(layout, c.microbatches)
+  objective = functools.partial(build(c.objective), model)
+  update = step_lib.make(objective, tx, microbatches=c.microbatches, trainable=c.trainable)
+  state = jax.eval_shape(lambda: state_lib.create(model, tx, c.seed, trainable=c.trainable))
+  after, metrics = jax.eval_shape(update, state, batch, jax.random.key(0))
+  assert jax.tree.map(lambda x: (x.shape, x.dtype), after) == jax.tree.map(
+    lambda x: (x.shape, x.dtype), state
+  )
+  assert {'loss', 'weight', 'grad_norm', 'param_norm', 'learning_rate'} <= set(metrics)
+
+
+@pytest.mark.parametrize('file', FILES)
+def test_the_docstring_says_how_to_run_it(file):
+  found = commands(file)
+  assert found, f'{file}: its docstring has no line `llm-jax train --config={file} --workdir=...`'
+  assert any(f'--config={file}' in command for command in found)
+  for command in found:
+    assert '--workdir=' in command
+    ours = [a for a in shlex.split(command) if a.startswith('--config')]
+    flags.read_config([a.replace('--config=', f'--config={ROOT}/') for a in ours])
+  if file != 'configs/pretrain/lm.py':
+    assert re.search(r'[Dd]iffers from', docstring(file)), f'{file}: say what it differs from'
+
+
+def test_sizes_that_do_not_exist():
+  with pytest.raises(UserError, match=r"no size '175' in this ladder; did you mean '175b'\?"):
+    config_lib.read(str(ROOT / 'configs/pretrain/gpt3.py'), '175')
+  with pytest.raises(UserError, match=r"takes no argument 'sise'; did you mean 'size'\?"):
+    config_lib.read(str(ROOT / 'configs/pretrain/llama.py'), 'sise=7b')
+
+
+@pytest.mark.parametrize(('size', 'tokens'), [('small', 4), ('175b', 12)])
+def test_gpt3_counts_tokens_while_the_batch_grows(size, tokens):
+  """The warm-up ends with 375M tokens, the cosine with 260B, the run with 300B, the growth after 4 to 12B."""
+  c = read('configs/pretrain/gpt3.py', size)
+  rows, schedule = build(c.source.ramp), c.optimizer.schedule
+  seen, at, batch = 0, {}, c.source.batch
+  for k in range(40_000):
+    at[k] = seen
+    seen += rows(k) * c.source.length
+  assert rows(0) * c.source.length == 32_768 and rows(39_999) == batch
+  full = next(k for k in at if rows(k) == batch)
+  assert abs(at[full] / (tokens * 1e9) - 1) < 0.01
+  assert 0 <= at[schedule.warmup] - 375e6 <= rows(schedule.warmup) * c.source.length
+  for k, want in ((schedule.steps, 260e9), (c.steps, 300e9)):
+    got = at[full] + (k - full) * batch * c.source.length
+    assert 0 <= got - want < batch * c.source.length
+
+
+def test_llama_counts_tokens():
+  for size, tokens in (('7b', 1.0e12), ('65b', 1.4e12)):
+    c = read('configs/pretrain/llama.py', size)
+    assert abs(c.steps * c.source.batch * c.source.length / tokens - 1) < 1e-5
+    assert c.optimizer.schedule.steps == c.steps and c.optimizer.schedule.warmup == 2000
