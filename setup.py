@@ -21,6 +21,7 @@ setup(
   python_requires='>=3.11,<3.14',  # below: jax; above: the wheels of tensorflow-text
   install_requires=[
     'absl-py>=2.1',
+    'etils>=1.12',
     'flax>=0.12',
     'grain>=0.2.18',
     'jax>=0.10',

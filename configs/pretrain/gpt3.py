@@ -84,7 +84,8 @@ def large_run(data, batch, steps, vocab):
     c.hooks.samples.prompts = ('The meaning of life is',)
   c.objective.z_loss = 0.0
   c.mesh.data, c.mesh.fsdp = 1, -1
-  c.checkpoint.every, c.hooks.heldout.every = 1000, 10_000  # the held-out split of C4 has 175M tokens
+  c.checkpoint.every = 1000
+  c.hooks.heldout.every = 10_000  # the held-out split of C4 has 175M tokens
   return c
 
 

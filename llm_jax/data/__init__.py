@@ -1,1 +1,3 @@
-"""From raw text to batches: vocabularies, SeqIO tasks, token maps, denoisers, packing, and the pipeline that feeds training."""
+"""From raw text to batches: vocabularies, SeqIO tasks, token maps, denoisers, packing, and the source that feeds
+training.
+"""

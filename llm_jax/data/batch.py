@@ -1,7 +1,7 @@
 r"""The batch: what every array in it means, how examples become rows, and how rows are filled.
 
     name               shape                       meaning
-    inputs             [batch, length] int32       what the decoder reads: `targets` shifted right inside each segment, first 0
+    inputs             [batch, length] int32       what the decoder reads: targets shifted right per segment, first 0
     targets            [batch, length] int32       what it predicts: inputs then targets of the example; 0 = padding
     weights            [batch, length] float32     1 where the prediction counts: on the example's targets
     positions          [batch, length] int32       0, 1, 2 ... restarting in every segment
@@ -9,10 +9,11 @@ r"""The batch: what every array in it means, how examples become rows, and how r
     prefix             [batch, length] bool        keys that every query of the segment may see: positions 0 .. P, where
                                                    P = length of the example's inputs (position 0 holds the start)
     encoder/inputs     [batch, encoder] int32      encoder-decoder models only; then the decoder holds targets alone
-    encoder/positions, encoder/segments            as above; a decoder segment looks at the encoder segment of the same number
+    encoder/positions, encoder/segments            as above; decoder segment k looks at encoder segment k
 
-`positions` and `segments` are absent where each row is one segment that starts at 0 (`concatenate`, no encoder), `prefix`
-is absent unless the model is a prefix decoder. What is absent never changes from batch to batch. Ids: 0 padding, 1 end of document.
+`positions` and `segments` are absent where each row is one segment that starts at 0 (`concatenate`, no encoder),
+`prefix` is absent unless the model is a prefix decoder. What is absent never changes from batch to batch. Ids: 0
+padding, 1 end of document.
 """
 
 import bisect
@@ -35,7 +36,7 @@ class Layout(NamedTuple):
 
 
 class Plan(NamedTuple):
-  """Where each example goes: its row (-1: none), its first slot in the decoder and in the encoder; and how many rows there are."""
+  """Where each example goes: its row (-1: none), its first slot in the decoder and in the encoder. rows: how many."""
 
   row: np.ndarray
   at: np.ndarray
@@ -191,7 +192,8 @@ def _ramp_table(start: int, stop: int, rows: int, sizes: int) -> tuple[tuple[int
   """(batches, rows per batch) of each step of the ramp before the full size."""
   if not 0 < start < stop or stop % start or rows < stop or sizes < 2:
     raise UserError(
-      f'a ramp needs start < stop, a multiple of it, over at least that many rows; got {start}, {stop}, {rows}, sizes {sizes}'
+      f'a ramp needs start < stop, a multiple of start, rows >= stop and sizes >= 2; '
+      f'got start={start}, stop={stop}, rows={rows}, sizes={sizes}'
     )
   steps = min(sizes, stop // start)
   multiples = sorted(

@@ -1,7 +1,7 @@
 """Local text as documents: which bytes of which file each one is, checked once, read at random. No TensorFlow.
 
-A `Corpus` knows its splits; `documents(split)` is an index of byte spans, so a document or a piece of one is read without
-touching the rest. Files ending in `.gz` are decompressed into memory, others are memory-mapped.
+A `Corpus` knows its splits; `documents(split)` is an index of byte spans, so a document or a piece of one is read
+without touching the rest. Files ending in `.gz` are decompressed into memory, others are memory-mapped.
 """
 
 import codecs
@@ -47,7 +47,9 @@ class Corpus(NamedTuple):
 
 
 def files(pattern: str | Sequence[str]) -> list[str]:
-  """The files that a path, a glob or a tuple of them names, sorted within each. Raises `UserError` when one names none."""
+  """The files that a path, a glob or a tuple of them names, sorted within each. Raises `UserError` when one names
+  none.
+  """
   found = []
   for one in (pattern,) if isinstance(pattern, str) else pattern:
     one = os.path.expanduser(one)
@@ -87,7 +89,10 @@ def fingerprint(paths: Sequence[str], *settings: Any) -> str:
 
 @functools.cache
 def content(path: str) -> bytes | mmap.mmap:
-  """The bytes of a file, after checking that they are UTF-8 text; kept open. Raises `UserError` naming file and byte offset."""
+  """The bytes of a file, after checking that they are UTF-8 text; kept open.
+
+  Raises `UserError` naming file and byte offset.
+  """
   try:
     if path.endswith('.gz'):
       data = gzip.open(path).read()
@@ -113,7 +118,8 @@ def content(path: str) -> bytes | mmap.mmap:
     except UnicodeDecodeError as e:
       at = start - pending + e.start
       raise UserError(
-        f'{path} is not UTF-8: byte 0x{data[at]:02x} at offset {at}; convert it, for instance with iconv -f latin1 -t utf-8'
+        f'{path} is not UTF-8: byte 0x{data[at]:02x} at offset {at}; '
+        'convert it, for instance with iconv -f latin1 -t utf-8'
       ) from e
   return data
 
@@ -160,7 +166,9 @@ def text(
   heldout: float | Sequence[str],
   cut: Callable[[bytes], np.ndarray],
 ) -> Corpus:
-  """Plain text files. heldout: the fraction of the characters, at the end, that is the validation split, or its files."""
+  """Plain text files. heldout: the fraction of the characters, at the end, that is the validation split, or its
+  files.
+  """
   paths, held = files(train), () if isinstance(heldout, float | int) else files(heldout)
   check_fraction(heldout)
 

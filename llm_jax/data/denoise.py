@@ -56,7 +56,9 @@ def causal(vocab: Any = None) -> Denoiser:
 
 
 def prefix_lm(vocab: Any, *, mode: str = '') -> Denoiser:
-  """The text before a pivot drawn uniformly from 0 .. n-1 is given, the rest predicted (Raffel et al. 2019, section 3.2)."""
+  """The text before a pivot drawn uniformly from 0 .. n-1 is given, the rest predicted (Raffel et al. 2019, section
+  3.2).
+  """
   head = _mode(vocab, mode)
 
   def lengths(n, end, u):
@@ -74,7 +76,9 @@ def prefix_lm(vocab: Any, *, mode: str = '') -> Denoiser:
 def span_corruption(
   vocab: Any, *, rate: float = 0.15, mean: float = 3.0, mode: str = ''
 ) -> Denoiser:
-  """T5's span corruption: `rate` of the tokens hidden in spans of `mean` on average (Raffel et al. 2019, section 3.1.4)."""
+  """T5's span corruption: `rate` of the tokens hidden in spans of `mean` on average (Raffel et al. 2019, section
+  3.1.4).
+  """
   if not 0 < rate < 1 or mean < 1:
     raise UserError(
       f'span corruption needs a rate between 0 and 1 and a mean span of at least 1, got {rate} and {mean}'
@@ -83,7 +87,8 @@ def span_corruption(
 
 
 def last_quarter(vocab: Any, *, rate: float = 0.25, mode: str = '') -> Denoiser:
-  """What T5's noise mask makes of UL2's S setting, one span of length rate * n: always the LAST quarter, never another part.
+  """What T5's noise mask makes of UL2's S setting, one span of length rate * n: always the LAST quarter, never
+  another part.
 
   `prefix_lm` with its random pivot is the sane S-denoiser; this one is for reproducing runs that used the mask.
   """
@@ -149,14 +154,18 @@ def mixed(vocab: Any, *, denoisers: tuple, rates: tuple) -> Denoiser:
 
 
 def ul2(vocab: Any, *, denoisers: tuple = UL2, rates: tuple = (1.0,) * 7) -> Denoiser:
-  """UL2's mixture of denoisers (Tay et al. 2022, arXiv:2205.05131, table 1): R (regular), S (sequential), X (extreme)."""
+  """UL2's mixture of denoisers (Tay et al. 2022, arXiv:2205.05131, table 1): R (regular), S (sequential), X
+  (extreme).
+  """
   return mixed(vocab, denoisers=denoisers, rates=rates)
 
 
 def ul2r(
   vocab: Any, *, denoisers: tuple = UL2R, rates: tuple = (0.5, 0.25, 0.125, 0.125)
 ) -> Denoiser:
-  """U-PaLM's mixture for continued training of a causal model (Tay et al. 2022, arXiv:2210.11399): 50 % S, 25 % R, 25 % X."""
+  """U-PaLM's mixture for continued training of a causal model (Tay et al. 2022, arXiv:2210.11399): 50 % S, 25 % R,
+  25 % X.
+  """
   return mixed(vocab, denoisers=denoisers, rates=rates)
 
 

@@ -1,8 +1,8 @@
 """Tokens on disk: a SeqIO task run once, its ids in one memory map.
 
 A map is a folder with `tokens.bin` (uint16, uint32 from 65,536 ids on), every document followed by its end (id 1);
-`documents.bin` (int64, offsets of the documents and of the end); and `manifest.json`, written last, with counts and checksums.
-Making one imports TensorFlow and SeqIO; reading one imports neither.
+`documents.bin` (int64, offsets of the documents and of the end); and `manifest.json`, written last, with counts and
+checksums. Making one imports TensorFlow and SeqIO; reading one imports neither.
 """
 
 import json

@@ -2,9 +2,10 @@ r"""The source of batches: shuffled, denoised, packed, split over processes, res
 
 The order of all units is fixed by the seed (grain's shuffle, repeat and mix: any position in O(1)) and taken in blocks.
 Of a block first only lengths are known: one u per chunk, drawn from (seed, block), decides the lengths of inputs and
-targets, and rows are planned from those. Global batch k is the next rows of that sequence; a process reads only the tokens of
-its own share, with a generator per chunk keyed by (seed, block, chunk). So the global batches do not depend on the number
-of processes, and {'block', 'row', 'batch'} say all there is to say about where training stands.
+targets, and rows are planned from those. Global batch k is the next rows of that sequence; a process reads only the
+tokens of its own share, with a generator per chunk keyed by (seed, block, chunk). So the global batches do not
+depend on the number of processes, and {'block', 'row', 'batch'} say all there is to say about where training
+stands.
 """
 
 import functools
@@ -52,9 +53,9 @@ def make(
 
   model: gives `card` (kind, vocab, length). encoder_length: slots of the encoder, default `length`. denoiser: from
   `data.denoise`. rows: `batch.pack`, `batch.concatenate` or `batch.pad`. read: `readers.mapped` (token maps) or
-  `readers.tokenized` (on the fly). jitter: cut long documents elsewhere in every epoch. ramp: rows of the k-th batch, at
-  most `batch`, for instance `batch.linear_ramp`. process_index, process_count: default jax's.
-  Raises `UserError` for whatever does not fit together, before anything is compiled.
+  `readers.tokenized` (on the fly). jitter: cut long documents elsewhere in every epoch. ramp: rows of the k-th
+  batch, at most `batch`, for instance `batch.linear_ramp`. process_index, process_count: default jax's. Raises
+  `UserError` for whatever does not fit together, before anything is compiled.
   """
   index, count = _processes(process_index, process_count)
   check_sizes(model.card, batch, length, encoder_length, count)
@@ -133,7 +134,9 @@ class Source:
     self.restore(dict(state, batch=state['batch'] + batches))
 
   def once(self) -> Iterator[Batch]:
-    """One pass over the split in order, every token exactly once, the same every time; the last batch is padded with weight 0."""
+    """One pass over the split in order, every token exactly once, the same every time; the last batch is padded
+    with weight 0.
+    """
     rows = ((block, r) for block in self._one_pass() for r in range(block.rows))
     while picked := list(itertools.islice(rows, self.batch)):
       yield self._fill(picked, self.batch)
@@ -164,7 +167,8 @@ class Source:
     size, count = self._ramp(k), self._process[1]
     if not 0 < size <= self.batch or size % count:
       raise UserError(
-        f'the ramp gives {size} rows for batch {k}: it must be at most batch={self.batch} and divide by {count} processes'
+        f'the ramp gives {size} rows for batch {k}: it must be at most batch={self.batch} '
+        f'and divide by {count} processes'
       )
     return size
 
@@ -209,7 +213,9 @@ def plan_block(
 def endless_order(
   opened: list[readers.Reader], rates: tuple, seed: int, shuffle: bool
 ) -> Callable[[int], tuple]:
-  """j -> (chunks of block j,): every epoch of a reader is a fresh permutation of its units, readers are mixed by `rates`."""
+  """j -> (chunks of block j,): every epoch of a reader is a fresh permutation of its units, readers are mixed by
+  `rates`.
+  """
   import grain
 
   sequences = []
@@ -287,7 +293,8 @@ def check_vocab(card: Any, vocab: Any) -> None:
   """Raises `UserError` when the vocabulary has ids that the model's table has no row for."""
   if vocab.size > card.vocab:
     raise UserError(
-      f'the vocabulary has {vocab.size} ids, the model {card.vocab} rows: set model.vocab={vocab.size} or vocab.size={card.vocab}'
+      f'the vocabulary has {vocab.size} ids, the model {card.vocab} rows: '
+      f'set model.vocab={vocab.size} or vocab.size={card.vocab}'
     )
 
 
@@ -328,7 +335,9 @@ def _raw_length(noise: denoise.Denoiser, layout: batch_lib.Layout, vocab: Any) -
 
 
 def _generator(seed: int, block: int) -> tuple[np.random.Generator, Callable[[int], None]]:
-  """A generator keyed by (seed, block) and a function that moves it to its stream number `i` (Philox counts: no state)."""
+  """A generator keyed by (seed, block) and a function that moves it to its stream number `i` (Philox counts: no
+  state).
+  """
   bits = np.random.Philox(key=[seed & 0xFFFFFFFFFFFFFFFF, block])
   state = bits.state
 

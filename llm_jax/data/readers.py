@@ -1,8 +1,8 @@
 """Units and chunks: how a corpus is cut into the pieces that are shuffled, and how their ids are read.
 
 A unit is what the shuffle moves: a piece of a document (or a window of the stream) found by number in O(1). A chunk is
-what a denoiser gets. From a token map each unit is one chunk, whose length is known without reading it. On the fly a unit
-is a piece of text, tokenised when its block comes up, that may give several chunks.
+what a denoiser gets. From a token map each unit is one chunk, whose length is known without reading it. On the fly
+a unit is a piece of text, tokenised when its block comes up, that may give several chunks.
 """
 
 from collections.abc import Callable
@@ -50,7 +50,7 @@ class Reader(NamedTuple):
 
 
 def mapped(corpus: Any, vocab: Any, split: str, cut: Cut) -> Reader:
-  """Reads the corpus' token map, which is made on first use. 15 million tokens a second; imports no TensorFlow after that."""
+  """Reads the corpus' token map, which is made on first use; after that it needs no TensorFlow."""
   found = materialize.tokens(corpus, vocab, split)
   ids, offsets = found.tokens, found.documents
   sizes = np.array([offsets[-1]], np.int64) if cut.windows else np.diff(offsets)
@@ -67,7 +67,9 @@ def mapped(corpus: Any, vocab: Any, split: str, cut: Cut) -> Reader:
 
 
 def tokenized(corpus: Any, vocab: Any, split: str, cut: Cut) -> Reader:
-  """Tokenises on the fly. Nothing is written, but every process tokenises every block, and skipping costs as much as reading."""
+  """Tokenises on the fly. Nothing is written, but every process tokenises every block, and skipping costs as much
+  as reading.
+  """
   documents = corpus.documents(split)
   if documents is None:
     raise UserError(
@@ -108,8 +110,9 @@ def pieces(sizes: np.ndarray, cut: Cut) -> tuple[int, Callable]:
   """How many pieces of at most `cut.raw` the documents have, and a function that locates them.
 
   locate(units, epochs) -> (document, start, stop), arrays like `units`. Without jitter document d has ceil(size / raw)
-  pieces. With it a document longer than raw has ceil((size - 1) / raw) + 1, the first of them `offset` long, 1 <= offset
-  <= raw, the last possibly empty; so the number of units is the same in every epoch and each token is in exactly one.
+  pieces. With it a document longer than raw has ceil((size - 1) / raw) + 1, the first of them `offset` long, 1 <=
+  offset <= raw, the last possibly empty; so the number of units is the same in every epoch and each token is in
+  exactly one.
   """
   raw = cut.raw
   moved = (sizes > raw) & cut.jitter

@@ -1,4 +1,4 @@
-"""Our corpora and vocabularies as SeqIO's. The one module that imports TensorFlow and SeqIO, and is itself only imported lazily."""
+"""Our corpora and vocabularies as SeqIO's. The one module that imports TensorFlow, itself imported lazily."""
 
 import contextlib
 import os
@@ -58,9 +58,10 @@ class _Vocabulary(seqio.Vocabulary):
     return self.ours.decode(ids)
 
   def _encode_tf(self, s: tf.Tensor) -> tf.Tensor:
-    ids = tf.numpy_function(
-      lambda b: np.array(self.ours.encode(b.decode()), np.int32), [s], tf.int32
-    )
+    def encode(b: Any) -> np.ndarray:  # bytes in a graph, an array of them outside
+      return np.array(self.ours.encode(np.asarray(b).item().decode()), np.int32)
+
+    ids = tf.numpy_function(encode, [s], tf.int32)
     ids.set_shape([None])
     return ids
 

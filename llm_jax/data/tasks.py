@@ -51,12 +51,16 @@ def jsonl(
   vocab: Callable | None = vocab_lib.sentencepiece,
   name: str = 'jsonl',
 ) -> Task:
-  """Files of JSON lines (`.gz` too), the text of each record under `key`. heldout: files, or the last fraction of the records."""
+  """Files of JSON lines (`.gz` too), the text of each record under `key`. heldout: files, or the last fraction of
+  the records.
+  """
   return _task(name, (corpus_lib.jsonl(name, train, heldout, key),), (1.0,), vocab)
 
 
 def tiny_shakespeare(*, vocab: Callable | None = vocab_lib.sentencepiece) -> Task:
-  """The plays in one document of 1,115,394 bytes, bundled; the last 10 % of the characters are held out, as in nanoGPT."""
+  """The plays in one document of 1,115,394 bytes, bundled; the last 10 % of the characters are held out, as in
+  nanoGPT.
+  """
   path = os.path.join(_BUNDLED, 'tinyshakespeare', 'input.txt.gz')
   return text(train=(path,), heldout=0.1, vocab=vocab, name='tiny_shakespeare')
 

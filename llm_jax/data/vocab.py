@@ -5,9 +5,9 @@ arXiv:2205.05131), then the sentinels in descending order as in T5 and SeqIO, `<
 
     pieces ... [R] [S] [X] <extra_id_99> ... <extra_id_1> <extra_id_0>
 
-`size` counts all of them: it is the number of rows the model's table needs. A marker spelt out in a text becomes its one id.
-Normalisation is `identity` unless asked otherwise, spaces and newlines are kept and unseen characters fall back to bytes,
-so `decode(encode(s)) == s` for every string that UTF-8 can write.
+`size` counts all of them: it is the number of rows the model's table needs. A marker spelt out in a text becomes
+its one id. Normalisation is `identity` unless asked otherwise, spaces and newlines are kept and unseen characters
+fall back to bytes, so `decode(encode(s)) == s` for every string that UTF-8 can write.
 """
 
 import functools
@@ -33,7 +33,9 @@ _MODEL, _SETTINGS = 'sentencepiece.model', 'vocab.json'
 
 
 class Text(NamedTuple):
-  """What a vocabulary is trained on. read(limit) gives about `limit` bytes of it, spread evenly, the same every time."""
+  """What a vocabulary is trained on. read(limit) gives about `limit` bytes of it, spread evenly, the same every
+  time.
+  """
 
   name: str
   fingerprint: str
@@ -63,20 +65,19 @@ class _Vocabulary:
       self.modes, **{f'<extra_id_{i}>': int(s) for i, s in enumerate(self.sentinels)}
     )
     self._spelling = {i: m for m, i in self._markers.items()}
-    starts = sorted({m[:10] for m in self._markers})  # cheap test before the regex
-    self._starts = starts
-    self._split = re.compile(
-      '(' + '|'.join(re.escape(m) for m in sorted(self._markers, key=len, reverse=True)) + ')'
-    )
+    self._starts = [*self.modes, '<extra_id_'] if self._markers else []  # a test before the regex
+    self._pattern = re.compile('|'.join([*map(re.escape, self.modes), r'<extra_id_\d+>']))
 
   def encode(self, text: str) -> list[int]:
     """The ids of `text`, without end of document."""
     if not any(s in text for s in self._starts):
       return self._encode(text)
-    ids: list[int] = []
-    for part in self._split.split(text):
-      ids.extend([self._markers[part]] if part in self._markers else self._encode(part))
-    return ids
+    ids, at = [], 0
+    for found in self._pattern.finditer(text):
+      if (marker := self._markers.get(found[0])) is not None:
+        ids += [*self._encode(text[at : found.start()]), marker]
+        at = found.end()
+    return ids + self._encode(text[at:])
 
   def decode(self, ids: Iterable[int]) -> str:
     """The text of `ids`; padding and end of document give nothing, markers their spelling."""
@@ -309,8 +310,10 @@ def _explain(message: str, pieces: int, markers: int, name: str) -> str:
   """SentencePiece's complaint as one line in terms of `size`."""
   largest = re.search(r'a value <= (\d+)', message)
   if largest:
-    return f'{name} supports a vocabulary of at most {int(largest[1]) + markers}, not {pieces + markers}: set size to that or less'
+    most = int(largest[1]) + markers
+    return f'{name} supports a vocabulary of at most {most}, not {pieces + markers}: set size to that or less'
   smallest = re.search(r'smaller than required_chars\. \d+ vs (\d+)', message)
   if smallest:
-    return f'{name} needs a vocabulary of at least {int(smallest[1]) + markers}, not {pieces + markers}: raise size or lower coverage'
+    least = int(smallest[1]) + markers
+    return f'{name} needs a vocabulary of at least {least}, not {pieces + markers}: raise size or lower coverage'
   return f'SentencePiece could not train on {name}: {" ".join(message.split())}'

@@ -15,7 +15,7 @@ its neighbours nor on the size of the batch.
 
 import functools
 import math
-from collections.abc import Hashable, Iterator, Sequence
+from collections.abc import Callable, Hashable, Iterator, Sequence
 from typing import Any, NamedTuple
 
 import jax
@@ -42,16 +42,13 @@ class Output(NamedTuple):
 class _Static(NamedTuple):
   """What the compiled code depends on besides shapes."""
 
-  hidden: Any
-  logits: Any
-  states: Any
-  kind: str
+  hidden: Callable
+  logits: Callable
+  states: Callable
+  sample: tuple  # the settings of `logits.sample`, as pairs
   slots: int
   max_new: int
-  temperature: float
-  top_k: int
-  top_p: float
-  context: Hashable  # axis rules in force while tracing
+  rules: Hashable  # for the mesh, in force while tracing
 
 
 class _Carry(NamedTuple):
@@ -99,35 +96,27 @@ def generate(
   were trained with. Raises `UserError` for a prompt that does not fit the model's context (`card.length`, start token
   included). Compiled once per shape and setting; inside `jax.set_mesh` the rows are spread over the batch axes.
   """
-  settings = dict(
-    temperature=temperature, top_k=top_k, top_p=top_p, eos=eos, allowed=allowed, rows=rows
-  )
-  static, fixed, carry = _start(model, params, prompts, lengths, key, max_new=max_new, **settings)
+  settings = dict(max_new=max_new, temperature=temperature, top_k=top_k, top_p=top_p)
+  settings |= dict(eos=eos, allowed=allowed, rows=rows)
+  static, fixed, carry = _start(model, params, prompts, lengths, key, **settings)
   out = _advance(static, params, fixed, carry, np.int32(max_new)).out
   batch = np.shape(prompts)[0]
   return out if out.tokens.shape[0] == batch else jax.tree.map(lambda x: x[:batch], out)
 
 
 def stream(
-  model: Any,
-  params: Any,
-  prompts: Any,
-  lengths: Any,
-  key: jax.Array,
-  *,
-  max_new: int = 100,
-  **settings: Any,
+  model: Any, params: Any, prompts: Any, lengths: Any, key: jax.Array, **settings: Any
 ) -> Iterator[np.ndarray]:
   """The columns of `generate`'s tokens, int32 [batch] each, as they are drawn; same arguments, same tokens.
 
   A row that has ended yields 0. The prompts are read, and wrong arguments raise, before this returns.
   """
-  static, fixed, carry = _start(model, params, prompts, lengths, key, max_new=max_new, **settings)
+  static, fixed, carry = _start(model, params, prompts, lengths, key, **settings)
 
   def columns(carry: _Carry) -> Iterator[np.ndarray]:
-    for step in range(1, max_new + 1):
+    for step in range(1, static.max_new + 1):
       yield np.array(carry.token)[: np.shape(prompts)[0]]
-      if step == max_new or np.all(carry.done):
+      if step == static.max_new or np.all(carry.done):
         return
       carry = _advance(static, params, fixed, carry, np.int32(step + 1))
 
@@ -158,12 +147,10 @@ def text(
   found: list[str] = []
   for first in range(0, len(ids), batch):
     some = ids[first : first + batch]
-    rows = first + np.arange(len(some), dtype=np.int32)
-    out = generate(model, params, *_pad(model, some), key, rows=rows, **settings)
-    for prompt, tokens, length in zip(
-      some, np.asarray(out.tokens), np.asarray(out.lengths), strict=True
-    ):
-      found.append(''.join(_pieces(vocab, _shown(model, prompt), [tokens[:length]])))
+    rows = first + np.arange(len(some))
+    tokens, lengths, _ = generate(model, params, *_pad(model, some), key, rows=rows, **settings)
+    for prompt, row, length in zip(some, np.asarray(tokens), np.asarray(lengths), strict=True):
+      found.append(''.join(_pieces(vocab, _shown(model, prompt), [row[:length]])))
   return found
 
 
@@ -176,9 +163,8 @@ def stream_text(
   """
   ids = _encode(model, vocab, prompt)
   settings = dict(settings, eos=vocab.eos, allowed=_allowed(model, vocab))
-  return _pieces(
-    vocab, _shown(model, ids), stream(model, params, *_pad(model, [ids]), key, **settings)
-  )
+  columns = stream(model, params, *_pad(model, [ids]), key, **settings)
+  return _pieces(vocab, _shown(model, ids), columns)
 
 
 def limit(model: Any) -> float:
@@ -232,14 +218,7 @@ def _draw(
   """Draws one token per row from the model's output `x` [batch, 1, embed] at `carry.position`."""
   logits = static.logits(params, x)[:, 0].astype(jnp.float32)
   keys = jax.vmap(jax.random.fold_in, (0, None))(fixed.keys, carry.made)
-  token = logits_lib.sample(
-    logits,
-    keys,
-    temperature=static.temperature,
-    top_k=static.top_k,
-    top_p=static.top_p,
-    allowed=fixed.allowed,
-  )
+  token = logits_lib.sample(logits, keys, allowed=fixed.allowed, **dict(static.sample))
   logp = jnp.take_along_axis(jax.nn.log_softmax(logits), token[:, None], axis=1)[:, 0]
   token, logp = jnp.where(carry.done, 0, token), jnp.where(carry.done, 0.0, logp)
   out = Output(
@@ -269,71 +248,52 @@ def _start(
   lengths: Any,
   key: jax.Array,
   *,
-  max_new: int,
-  temperature: float = 1.0,
-  top_k: int = 0,
-  top_p: float = 1.0,
+  max_new: int = 100,
   eos: int | None = 1,
   allowed: Any = None,
   rows: Any = None,
+  **sample: float,
 ) -> tuple[_Static, _Fixed, _Carry]:
   """Checks the arguments, lays out the batch and runs the prefill."""
-  logits_lib.check(temperature=temperature, top_k=top_k, top_p=top_p)
+  sample = dict(temperature=1.0, top_k=0, top_p=1.0) | sample
+  logits_lib.check(**sample)
   prompts, lengths = np.asarray(prompts, np.int32), np.asarray(lengths, np.int32)
   _check(model, prompts, lengths, max_new, allowed)
-  rows = np.arange(len(prompts), dtype=np.int32) if rows is None else np.asarray(rows, np.int32)
+  if allowed is not None:  # nor is any of the rows that round up the table
+    beyond = np.zeros(model.card.rows - model.card.vocab, bool)
+    allowed = np.concatenate([np.asarray(allowed, bool), beyond])
+  rows = np.arange(len(prompts)) if rows is None else np.asarray(rows)
   live = np.ones(len(prompts), bool)
   prompts, lengths, rows, live = (_fill(x) for x in (prompts, lengths, rows, live))
   batch, last, slots = _layout(model, prompts, lengths, max_new)
-  static = _Static(
-    model.hidden,
-    model.logits,
-    model.states,
-    model.card.kind,
-    slots,
-    max_new,
-    float(temperature),
-    top_k,
-    float(top_p),
-    mesh.context(),
-  )
-  keys = jax.vmap(jax.random.fold_in, (None, 0))(key, rows)
   context = {k: v for k, v in batch.items() if k not in ('inputs', 'positions')}
-  if allowed is not None:  # of the table's rows beyond the vocabulary none
-    allowed = np.concatenate(
-      [np.asarray(allowed, bool), np.zeros(model.card.rows - model.card.vocab, bool)]
-    )
+  keys = jax.vmap(jax.random.fold_in, (None, 0))(key, rows)
   fixed = _Fixed(keys, np.int32(-1 if eos is None else eos), allowed, context)
+  functions = model.hidden, model.logits, model.states
+  static = _Static(*functions, tuple(sample.items()), slots, max_new, mesh.context())
   return static, fixed, _prefill(static, params, batch, last, live, fixed)
 
 
-def _layout(
-  model: Any, prompts: np.ndarray, lengths: np.ndarray, max_new: int
-) -> tuple[dict, np.ndarray, int]:
-  """(the prefill's batch, position of each row's last token, slots in the state)."""
-  prompts = prompts[
-    :, : int(min(prompts.shape[1], _room(model)))
-  ]  # what is cut is padding: `_check` saw to that
-  rows, width = prompts.shape
-  real = np.arange(width) < lengths[:, None]
-  if model.card.kind == 'encoder_decoder':
-    batch = {
-      'encoder/inputs': np.where(real, prompts, 0),
-      'encoder/segments': real.astype(np.int32),
-    }
-    batch['encoder/positions'] = np.broadcast_to(np.arange(width, dtype=np.int32), prompts.shape)
-    inputs, last = np.full((rows, 1), START, np.int32), np.zeros(rows, np.int32)
-    slots = int(min(max_new, limit(model)))
-  else:
-    batch, last = {}, lengths
-    inputs = np.concatenate(
-      [np.full((rows, 1), START, np.int32), np.where(real, prompts, 0)], axis=1
-    )
-    slots = int(min(width + max_new, limit(model)))
+def _layout(model: Any, prompts: np.ndarray, lengths: np.ndarray, max_new: int) -> tuple:
+  """(the prefill's batch, position of each row's last token [batch], slots in the state)."""
+  width = int(min(prompts.shape[1], _room(model)))
+  prompts = prompts[:, :width]  # what is cut is padding: `_check` saw to that
+  real, zeros = np.arange(width) < lengths[:, None], np.zeros_like(lengths)
+  inputs = np.concatenate([zeros[:, None] + START, np.where(real, prompts, 0)], axis=1)
+  batch = dict(inputs=inputs, positions=_count(inputs))
+  slots = int(min(width + max_new, limit(model)))
   if model.card.kind == 'prefix':
     batch['prefix'] = np.arange(slots) <= lengths[:, None]
-  positions = np.broadcast_to(np.arange(inputs.shape[1], dtype=np.int32), inputs.shape)
-  return dict(batch, inputs=inputs, positions=positions), last, slots
+  if model.card.kind != 'encoder_decoder':
+    return batch, lengths, slots
+  batch = dict(inputs=inputs[:, :1], positions=zeros[:, None])
+  encoder = dict(inputs=inputs[:, 1:], positions=_count(prompts), segments=real.astype(np.int32))
+  batch |= {f'encoder/{name}': x for name, x in encoder.items()}
+  return batch, zeros, int(min(max_new, limit(model)))
+
+
+def _count(x: np.ndarray) -> np.ndarray:
+  return np.broadcast_to(np.arange(x.shape[1], dtype=np.int32), x.shape)
 
 
 def _check(
@@ -382,21 +342,19 @@ def _encode(model: Any, vocab: Any, prompt: str) -> list[int]:
       f'the vocabulary has {vocab.size} ids, the model {model.card.vocab}: use the one it was trained with'
     )
   ids = list(vocab.encode(prompt))
-  if model.card.kind == 'encoder_decoder' and (
-    not ids or set(ids) & set(map(int, vocab.sentinels))
-  ):
-    ids.append(vocab.eos)
-  return ids
+  sentinels = set(map(int, vocab.sentinels))
+  ends = model.card.kind == 'encoder_decoder' and (not ids or sentinels.intersection(ids))
+  return [*ids, vocab.eos] if ends else ids
 
 
 def _pad(model: Any, ids: Sequence[Sequence[int]]) -> tuple[np.ndarray, np.ndarray]:
   """Right-padded to a power of two of at least 16, or to the model's room where that is less."""
   longest = max(map(len, ids))
   width = int(max(longest, min(_room(model), 1 << max(4, (longest - 1).bit_length()))))
-  padded = [[*row, *[0] * (width - len(row))] for row in ids]
-  return np.array(padded, np.int32).reshape(len(ids), width), np.array(
-    [len(row) for row in ids], np.int32
-  )
+  padded = np.zeros((len(ids), width), np.int32)
+  for row, own in zip(padded, ids, strict=True):
+    row[: len(own)] = own
+  return padded, np.array([len(own) for own in ids], np.int32)
 
 
 def _allowed(model: Any, vocab: Any) -> np.ndarray:

@@ -271,7 +271,7 @@ def _encoder_decoder(ends: _Ends, encoder: _Stack, decoder: _Stack) -> Model:
 
 def _model(ends: _Ends, hidden: Callable, states: Callable, decoder: _Stack, encoder: _Stack | None = None) -> Model:
   """The parameters of all parts, and the functions that need nothing but those."""
-  x, ids = _abstract(1, 1, ends.embed), _abstract(1, 1, dtype=jnp.int32)
+  x, ids = jnp.zeros((1, 1, ends.embed)), jnp.zeros((1, 1), jnp.int32)
   table = jax.ShapeDtypeStruct((ends.rows, ends.embed), jnp.float32)
   shared = dict(embedding=param.declare(ends.embedding, ids, ends.rows, ends.embed, ends.dtype))
   if ends.positions is not None:

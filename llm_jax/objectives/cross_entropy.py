@@ -47,7 +47,12 @@ class Penalty(NamedTuple):
 
 
 def whole(
-  logits_fn: LogitsFn, head: Any, x: jax.Array, targets: jax.Array, weights: jax.Array, penalty: Penalty
+  logits_fn: LogitsFn,
+  head: Any,
+  x: jax.Array,
+  targets: jax.Array,
+  weights: jax.Array,
+  penalty: Penalty,
 ) -> Terms:
   """All logits at once.
 
@@ -57,7 +62,13 @@ def whole(
 
 
 def fused(
-  logits_fn: LogitsFn, head: Any, x: jax.Array, targets: jax.Array, weights: jax.Array, penalty: Penalty, chunk: int
+  logits_fn: LogitsFn,
+  head: Any,
+  x: jax.Array,
+  targets: jax.Array,
+  weights: jax.Array,
+  penalty: Penalty,
+  chunk: int,
 ) -> Terms:
   """As `whole`, at most `chunk` positions of the length at a time.
 
@@ -83,7 +94,9 @@ def _terms(logits: jax.Array, targets: jax.Array, weights: jax.Array, penalty: P
   if penalty.label_smoothing:
     high = 1 - penalty.label_smoothing
     entropy = -(high * math.log(high) + (vocab - 1) * low * math.log(low + 1e-20))
-    smoothed = log_z - (high - low) * right - low * jnp.where(ids < vocab, logits, 0).sum(-1) - entropy
+    smoothed = (
+      log_z - (high - low) * right - low * jnp.where(ids < vocab, logits, 0).sum(-1) - entropy
+    )
   squares = penalty.z_loss * log_z**2
   accuracy = (right == top) / jnp.maximum(ties, 1)
   total = lambda term: (weights * term).sum()
@@ -101,7 +114,9 @@ def _terms(logits: jax.Array, targets: jax.Array, weights: jax.Array, penalty: P
 def _fused(logits_fn, penalty, chunk, head, x, targets, weights):
   """(loss, the other terms). Without differentiation: no gradients are computed."""
   wanted = (False,) * len(jax.tree.leaves(head)), False
-  terms, _ = _over_devices(functools.partial(_scan, logits_fn, penalty, chunk, wanted), head, x, targets, weights)
+  terms, _ = _over_devices(
+    functools.partial(_scan, logits_fn, penalty, chunk, wanted), head, x, targets, weights
+  )
   return terms[0], tuple(terms[1:])
 
 
@@ -134,11 +149,17 @@ def _scan(logits_fn, penalty, chunk, wanted, head, x, targets, weights):
 
   def logits_of(chosen: list, x: jax.Array) -> jax.Array:
     rest = iter(chosen)
-    return logits_fn(treedef.unflatten([next(rest) if y else p for p, y in zip(leaves, by_head)]), x)
+    return logits_fn(
+      treedef.unflatten([next(rest) if y else p for p, y in zip(leaves, by_head)]), x
+    )
 
   def one(x: jax.Array, targets: jax.Array, weights: jax.Array):
     if not (by_x or chosen):
-      return _terms(logits_of(chosen, x).astype(jnp.float32), targets, weights, penalty)[0], [], None
+      return (
+        _terms(logits_of(chosen, x).astype(jnp.float32), targets, weights, penalty)[0],
+        [],
+        None,
+      )
     logits, pull = jax.vjp(logits_of, chosen, x)
     terms, gradient = _terms(logits.astype(jnp.float32), targets, weights, penalty)
     of_head, of_x = pull(gradient().astype(logits.dtype))
@@ -178,7 +199,9 @@ def _over_devices(run: Callable, head: Any, x: jax.Array, targets: jax.Array, we
   Left to itself XLA adds the head's gradients over the devices in every chunk.
   """
   rows = mesh.spec('batch', 'length')
-  over = tuple(itertools.chain.from_iterable(e if isinstance(e, tuple) else (e,) for e in rows if e))
+  over = tuple(
+    itertools.chain.from_iterable(e if isinstance(e, tuple) else (e,) for e in rows if e)
+  )
   if mesh.current() is None or math.prod(mesh.current().shape[axis] for axis in over) == 1:
     return run(head, x, targets, weights)
 
@@ -193,5 +216,7 @@ def _over_devices(run: Callable, head: Any, x: jax.Array, targets: jax.Array, we
     head, x, targets, weights
   )
   if mesh.is_explicit():  # a gradient has the type of its weight, split over devices included
-    of_head = jax.tree.map(lambda g, p: mesh.constrain(g, jax.typeof(p).sharding.spec), of_head, head)
+    of_head = jax.tree.map(
+      lambda g, p: mesh.constrain(g, jax.typeof(p).sharding.spec), of_head, head
+    )
   return terms, (of_head, of_x)

@@ -51,6 +51,8 @@ def _check(z_loss: float, label_smoothing: float, chunk: int | None) -> None:
   if z_loss < 0:
     raise UserError(f'z_loss={z_loss} must not be negative: 0 is none, PaLM has 1e-4')
   if not 0 <= label_smoothing < 1:
-    raise UserError(f'label_smoothing={label_smoothing} is a probability: choose 0 <= label_smoothing < 1')
+    raise UserError(
+      f'label_smoothing={label_smoothing} is a probability: choose 0 <= label_smoothing < 1'
+    )
   if chunk is not None and chunk < 1:
     raise UserError(f'chunk={chunk} positions: choose at least 1, or None for the whole length')

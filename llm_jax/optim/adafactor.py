@@ -139,7 +139,9 @@ def _factored(g, square, row, column, full, beta2, split: Split):
   row = beta2 * row + (1 - beta2) * square.mean(split.columns)
   column = beta2 * column + (1 - beta2) * square.mean(split.rows)
   by_row, by_column = jnp.expand_dims(row, split.columns), jnp.expand_dims(column, split.rows)
-  scale = (by_row / by_row.mean(split.rows, keepdims=True)) ** -0.5  # two factors: their product could overflow
+  scale = (
+    by_row / by_row.mean(split.rows, keepdims=True)
+  ) ** -0.5  # two factors: their product could overflow
   return g * scale * by_column**-0.5, (row, column, None)
 
 
@@ -157,7 +159,9 @@ def _zeros(p: jax.Array, split: Split, factored: bool):
   """The moments of one parameter before the first update: (row, column, full)."""
   if not factored:
     return None, None, jnp.zeros_like(p, dtype=jnp.float32)
-  zero = jnp.zeros_like(p, dtype=jnp.float32)  # reduced rather than made anew: keeps the sharding's type
+  zero = jnp.zeros_like(
+    p, dtype=jnp.float32
+  )  # reduced rather than made anew: keeps the sharding's type
   return zero.mean(split.columns), zero.mean(split.rows), None
 
 

@@ -60,17 +60,23 @@ def _at(index: int, stages: tuple[_Stage, ...]) -> Size:
 @functools.lru_cache(maxsize=64)
 def _ramp_stages(start: int, end: int, over: int, multiple: int) -> tuple[_Stage, ...]:
   if not 0 < start <= end or multiple < 1 or over < 1:
-    raise UserError(f'a batch ramp needs 0 < start <= end, multiple >= 1 and over >= 1, got {start=} {end=} {multiple=} {over=}')
+    raise UserError(
+      f'a batch ramp needs 0 < start <= end, multiple >= 1 and over >= 1, got {start=} {end=} {multiple=} {over=}'
+    )
   if (end - start) % multiple:
     near = start + (end - start) // multiple * multiple
-    raise UserError(f'the batch ramp from {start} to {end} does not divide into steps of {multiple}: set end={near}')
+    raise UserError(
+      f'the batch ramp from {start} to {end} does not divide into steps of {multiple}: set end={near}'
+    )
   increments, first, seen, stages = (end - start) // multiple, 0, 0, []
   while True:
     done = min(increments, seen * increments // over)
     stages.append(_Stage(first, start + done * multiple, seen))
     if done == increments:
       return tuple(stages)
-    threshold = -(-(done + 1) * over // increments)  # rounded up: the next size applies once this much has been seen
+    threshold = -(
+      -(done + 1) * over // increments
+    )  # rounded up: the next size applies once this much has been seen
     batches = -(-(threshold - seen) // stages[-1].size)
     first, seen = first + batches, seen + batches * stages[-1].size
 
@@ -79,7 +85,9 @@ def _ramp_stages(start: int, end: int, over: int, multiple: int) -> tuple[_Stage
 def _table_stages(sizes: tuple) -> tuple[_Stage, ...]:
   firsts = [s[0] for s in sizes]
   if not sizes or firsts[0] != 0 or sorted(set(firsts)) != firsts or any(s[1] < 1 for s in sizes):
-    raise UserError(f'a batch-size table reads ((0, size), (later batch, size), ...) with rising batches, got {sizes}')
+    raise UserError(
+      f'a batch-size table reads ((0, size), (later batch, size), ...) with rising batches, got {sizes}'
+    )
   stages = [_Stage(0, sizes[0][1], 0)]
   for first, size in sizes[1:]:
     last = stages[-1]

@@ -82,7 +82,9 @@ def make(
   """
   _check(clip, weight_decay, ema)
   factors = _factors(axes, multipliers)
-  jax.eval_shape(schedule, jax.ShapeDtypeStruct((), jnp.int32))  # its complaints now, not in the first step
+  jax.eval_shape(
+    schedule, jax.ShapeDtypeStruct((), jnp.int32)
+  )  # its complaints now, not in the first step
   rule = rule(axes)
 
   def init(params: Any) -> ChainState:
@@ -105,7 +107,9 @@ def make(
       return -step.astype(p.dtype)
 
     updates = jax.tree.map(change, params, steps, rates, names)
-    mean = None if ema is None else average(state.ema, optax.apply_updates(params, updates), decay=ema)
+    mean = (
+      None if ema is None else average(state.ema, optax.apply_updates(params, updates), decay=ema)
+    )
     return _lay_out(updates, names, 'weights'), ChainState(state.count + 1, rate, rule_state, mean)
 
   def state_axes(params: Any) -> ChainState:
@@ -140,14 +144,21 @@ def _factors(axes: Any, multipliers: tuple) -> dict[str, float]:
     if len(entry) != 2 or not isinstance(entry[0], str):
       raise UserError(f'multipliers read ((regex, factor), ...), got {entry!r}')
     tree.select(dict.fromkeys(paths, 0), entry[0])  # raises when it matches nothing
-  table = [*((re.compile(pattern), float(factor)) for pattern, factor in multipliers), (re.compile(''), 1.0)]
+  table = [
+    *((re.compile(pattern), float(factor)) for pattern, factor in multipliers),
+    (re.compile(''), 1.0),
+  ]
   return {path: next(factor for pattern, factor in table if pattern.search(path)) for path in paths}
 
 
 def _check(clip: float | None, weight_decay: float, ema: float | None) -> None:
   if clip is not None and clip <= 0:
-    raise UserError(f'clip={clip} is the largest gradient norm: choose a positive one, or None for no limit')
+    raise UserError(
+      f'clip={clip} is the largest gradient norm: choose a positive one, or None for no limit'
+    )
   if weight_decay < 0:
     raise UserError(f'weight_decay={weight_decay} must not be negative: 0 is none')
   if ema is not None and not 0 <= ema < 1:
-    raise UserError(f'ema={ema} is the decay of the average: choose 0 <= ema < 1 (such as 0.999), or None for no average')
+    raise UserError(
+      f'ema={ema} is the decay of the average: choose 0 <= ema < 1 (such as 0.999), or None for no average'
+    )

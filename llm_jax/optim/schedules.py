@@ -32,24 +32,32 @@ def rsqrt(step: Step, *, peak: float = 0.01, hold: int = 10_000, warmup: int = 0
   """
   _check(peak=peak, warmup=warmup)
   if hold < max(1, warmup):
-    raise UserError(f'rsqrt warms up for {warmup} updates but holds its peak for {hold}: raise hold to at least max(1, warmup)')
+    raise UserError(
+      f'rsqrt warms up for {warmup} updates but holds its peak for {hold}: raise hold to at least max(1, warmup)'
+    )
   return peak * jnp.sqrt(hold / jnp.maximum(_float(step), hold)) * _warm(step, warmup)
 
 
-def cosine(step: Step, *, peak: float, steps: int, warmup: int = 0, floor: float = 0.1) -> jax.Array:
+def cosine(
+  step: Step, *, peak: float, steps: int, warmup: int = 0, floor: float = 0.1
+) -> jax.Array:
   """Half a cosine from `peak` at the end of the warm-up to `floor * peak` at `steps` (GPT-3, LLaMA, Gopher, BLOOM)."""
   _check(peak=peak, warmup=warmup, steps=steps, floor=floor)
   shape = 0.5 * (1 + jnp.cos(math.pi * _progress(step, warmup, steps)))
   return peak * (floor + (1 - floor) * shape) * _warm(step, warmup)
 
 
-def linear(step: Step, *, peak: float, steps: int, warmup: int = 0, floor: float = 0.1) -> jax.Array:
+def linear(
+  step: Step, *, peak: float, steps: int, warmup: int = 0, floor: float = 0.1
+) -> jax.Array:
   """A straight line from `peak` at the end of the warm-up to `floor * peak` at `steps` (OPT, Galactica)."""
   _check(peak=peak, warmup=warmup, steps=steps, floor=floor)
   return peak * (floor + (1 - floor) * (1 - _progress(step, warmup, steps))) * _warm(step, warmup)
 
 
-def wsd(step: Step, *, peak: float, steps: int, decay: int, warmup: int = 0, floor: float = 0.1) -> jax.Array:
+def wsd(
+  step: Step, *, peak: float, steps: int, decay: int, warmup: int = 0, floor: float = 0.1
+) -> jax.Array:
   """Warm-up, stable, decay: `peak` until `steps - decay`, then a line to `floor * peak` at `steps`.
 
   Hu et al. 2024 (MiniCPM, arXiv:2404.06395, section 4): the stable part needs no fixed length, the decay may start from
@@ -57,8 +65,12 @@ def wsd(step: Step, *, peak: float, steps: int, decay: int, warmup: int = 0, flo
   """
   _check(peak=peak, warmup=warmup, steps=steps, floor=floor)
   if not 0 < decay <= steps - warmup:
-    raise UserError(f'wsd decays over {decay} of {steps} updates after {warmup} of warm-up: choose 0 < decay <= {steps - warmup}')
-  return peak * (floor + (1 - floor) * (1 - _progress(step, steps - decay, steps))) * _warm(step, warmup)
+    raise UserError(
+      f'wsd decays over {decay} of {steps} updates after {warmup} of warm-up: choose 0 < decay <= {steps - warmup}'
+    )
+  return (
+    peak * (floor + (1 - floor) * (1 - _progress(step, steps - decay, steps))) * _warm(step, warmup)
+  )
 
 
 def manual(step: Step, *, points: tuple) -> jax.Array:
@@ -67,11 +79,15 @@ def manual(step: Step, *, points: tuple) -> jax.Array:
     raise UserError(f'manual takes points=((step, rate), ...), got {points!r}')
   at, rates = [float(p[0]) for p in points], [float(p[1]) for p in points]
   if sorted(set(at)) != at:
-    raise UserError(f'the points of manual must have rising steps, got {at}: sort them and drop the repeated ones')
+    raise UserError(
+      f'the points of manual must have rising steps, got {at}: sort them and drop the repeated ones'
+    )
   return jnp.interp(_float(step), jnp.array(at, jnp.float32), jnp.array(rates, jnp.float32))
 
 
-def cooldown(step: Step, *, schedule: Callable, steps: int, length: int, floor: float = 0.0) -> jax.Array:
+def cooldown(
+  step: Step, *, schedule: Callable, steps: int, length: int, floor: float = 0.0
+) -> jax.Array:
   """`schedule`, multiplied over the last `length` of `steps` updates by a line from 1 to `floor`."""
   _check(steps=steps, floor=floor)
   if not 0 < length <= steps:
@@ -86,12 +102,16 @@ def in_tokens(step: Step, *, schedule: Callable, tokens_per_step: int) -> jax.Ar
   An update has the rate that the last of its tokens would have, so warm-ups end exactly where they would in updates.
   """
   if tokens_per_step < 1:
-    raise UserError(f'tokens_per_step={tokens_per_step}: give the tokens of one update, batch times length')
+    raise UserError(
+      f'tokens_per_step={tokens_per_step}: give the tokens of one update, batch times length'
+    )
   return schedule((_float(step) + 1) * float(tokens_per_step) - 1)
 
 
 def _float(step: Step) -> jax.Array:
-  return jnp.asarray(step, jnp.float32)  # exact to 16.7M updates; in tokens the relative error is 6e-8
+  return jnp.asarray(
+    step, jnp.float32
+  )  # exact to 16.7M updates; in tokens the relative error is 6e-8
 
 
 def _warm(step: Step, warmup: int) -> jax.Array:
@@ -103,12 +123,18 @@ def _progress(step: Step, start: int, end: int) -> jax.Array:
   return jnp.clip((_float(step) - float(start)) / float(end - start), 0.0, 1.0)
 
 
-def _check(*, peak: float = 1.0, warmup: int = 0, steps: int | None = None, floor: float = 0.0) -> None:
+def _check(
+  *, peak: float = 1.0, warmup: int = 0, steps: int | None = None, floor: float = 0.0
+) -> None:
   if peak <= 0:
     raise UserError(f'the peak learning rate must be positive, got {peak}')
   if warmup < 0:
     raise UserError(f'warmup={warmup} must not be negative: 0 is none')
   if steps is not None and warmup >= steps:
-    raise UserError(f'the schedule warms up for {warmup} of its {steps} updates: lower warmup or raise steps')
+    raise UserError(
+      f'the schedule warms up for {warmup} of its {steps} updates: lower warmup or raise steps'
+    )
   if not 0 <= floor <= 1:
-    raise UserError(f'floor={floor} is the fraction of the peak that is left at the end: choose 0 <= floor <= 1')
+    raise UserError(
+      f'floor={floor} is the fraction of the peak that is left at the end: choose 0 <= floor <= 1'
+    )

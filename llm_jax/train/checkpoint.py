@@ -39,7 +39,7 @@ logging.getLogger('absl').addFilter(lambda record: f'{os.sep}orbax{os.sep}' not 
 
 
 class Saver:
-  """Saves and restores the state of a run. Owns the background thread that writes.
+  """Saves and restores the state of a run. Owns the background thread that writes: use it in a `with`.
 
   every: steps between checkpoints; the last step, where `steps` is given, is saved as well. keep: how many of the newest
   stay. best: name of a metric, of the step or written by a hook at that step; the `keep_best` checkpoints with the
@@ -69,6 +69,17 @@ class Saver:
     self._restored: dict[str, Any] = {}  # the parts of the checkpoint that was restored
     self._saving: int | None = None
     self._manager = _manager(self.folder, keep, best, keep_best, best_mode, asynchronous)
+
+  def __enter__(self) -> 'Saver':
+    return self
+
+  def __exit__(self, kind: Any, error: Any, trace: Any) -> None:
+    """Waits for a checkpoint that is being written: without that, it is lost when the process ends. Not after Ctrl-C."""
+    if kind is None:
+      self.wait()
+    elif not issubclass(kind, KeyboardInterrupt):
+      with contextlib.suppress(UserError):  # the error on its way is the one to show
+        self.wait()
 
   def track(self, name: str, part: Any) -> None:
     """Stores `part.state()` (JSON) with every checkpoint under this name; gives it what was restored, if anything was."""

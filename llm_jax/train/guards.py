@@ -40,6 +40,7 @@ def stop_on_nan(run: Run) -> Hook:
       return
     what = ', '.join(f'{name} is {float(metrics[name])}' for name in list(dict.fromkeys(bad))[:2])
     where = f'first bad tensor: {tensor}' if tensor else 'all parameters are still finite'
+    run.saver.wait()
     safe = run.saver.steps()
     raise Diverged(
       f'step {step} went wrong: {what or "the state is not finite"}; {where}. Lower the learning rate, clip gradients, '

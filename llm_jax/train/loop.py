@@ -26,6 +26,7 @@ def train(state: State, source: Callable, update: Callable, *, steps: int, key: 
         rewound = hook(step, state, metrics)
         if rewound is not None:
           state, step = rewound, int(rewound.step)
+          break  # the other hooks are spared metrics of a step that was undone
     if step >= steps:
       return state
     state, metrics = update(state, mesh.place(source(state)), key)

@@ -239,7 +239,7 @@ BAD_FLAGS = {
   'a batch that does not divide over the mesh': (('--config.mesh.data=3',), 'multiple of 3', {}),
   'a batch that does not divide into microbatches': (('--config.microbatches=3',), 'divisor of 4', {}),
   'heads that do not divide the width': (('--config.model.block.mixer.heads=3',), 'does not divide by heads=3', {}),
-  'heads that do not divide over tensor': (('--config.mesh.tensor=4',), "'heads' of size 2 does not divide", {}),
+  'heads that do not divide over tensor': (('--config.mesh.tensor=4',), 'of size 2 does not divide', {}),
   'an axis that is not there': (('--config.axes.weights.embed=fspd',), "did you mean 'fsdp'", {}),
   'a vocabulary that does not fit the model': (('--config.model.vocab=100',), '--config.model.vocab', {}),
   'a negative learning rate': (('--config.optimizer.schedule.peak=-1.0',), 'peak', {}),

@@ -25,7 +25,7 @@ FILES = sorted(
   str(p.relative_to(ROOT)) for p in ROOT.glob('configs/**/*.py') if p.name != '__init__.py'
 )
 KEYS = (
-  'model source objective optimizer mesh axes steps microbatches trainable init_from hooks checkpoint log_every seed'
+  'model source objective optimizer mesh axes steps microbatches trainable init hooks checkpoint log_every seed'
 ).split()
 
 # all parameters, the vocabulary not padded (survey checklist, part 5)

@@ -17,11 +17,17 @@ def model(kind='causal', vocab=512, length=None):
 
 
 def store(task, splits=('train', 'validation')):
-  """Writes the token maps of a task's corpora into the cache, by plain encoding: what SeqIO would give (test_seqio checks that)."""
+  """Writes the token maps of a task's corpora into the cache, by plain encoding: what SeqIO would give (test_seqio
+  checks that).
+  """
   for corpus, split in itertools.product(task.corpora, splits):
     documents = (np.array([*task.vocab.encode(t), 1]) for t in corpus.texts(split))
     name = materialize.folder_name(corpus, task.vocab, split)
-    cache.once('tokens', name, lambda tmp, d=documents, c=corpus, s=split: materialize.write(tmp, d, c, task.vocab, s))
+    cache.once(
+      'tokens',
+      name,
+      lambda tmp, d=documents, c=corpus, s=split: materialize.write(tmp, d, c, task.vocab, s),
+    )
   return task
 
 

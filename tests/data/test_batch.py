@@ -19,7 +19,15 @@ def fill(kind, examples, length=16, encoder=12):
   form = layout(kind, length, encoder)
   made, at, encoder_at = batch.empty(form, 1), 0, 0
   for number, (inputs, targets) in enumerate(examples, 1):
-    batch.put(made, form, 0, number, at, encoder_at, (np.array(inputs, np.int32), np.array(targets, np.int32)))
+    batch.put(
+      made,
+      form,
+      0,
+      number,
+      at,
+      encoder_at,
+      (np.array(inputs, np.int32), np.array(targets, np.int32)),
+    )
     slots = batch.slots(form, np.array([len(inputs)]), np.array([len(targets)]))
     at, encoder_at = at + int(slots[0][0]), encoder_at + int(slots[1][0])
   return {k: v[0].tolist() for k, v in made.items()}
@@ -37,7 +45,9 @@ def test_causal_row():
 
 
 def test_prefix_row():
-  """The prefix covers position 0 (the start) to P = len(inputs): the query there predicts the first target, and sees none."""
+  """The prefix covers position 0 (the start) to P = len(inputs): the query there predicts the first target, and
+  sees none.
+  """
   row = fill('prefix', [([5, 6], [7, 1]), ([], [8, 9])], length=7)
   assert row == dict(
     inputs=[0, 5, 6, 7, 0, 8, 0],
@@ -57,7 +67,13 @@ def test_encoder_decoder_row():
     'weights': [1, 1, 1, 0],
     'positions': [0, 1, 0, 0],
     'segments': [1, 1, 2, 0],
-    'encoder/inputs': [5, 6, 1, 1, 0],  # an example without inputs gives the encoder end of document
+    'encoder/inputs': [
+      5,
+      6,
+      1,
+      1,
+      0,
+    ],  # an example without inputs gives the encoder end of document
     'encoder/positions': [0, 1, 2, 0, 0],
     'encoder/segments': [1, 1, 1, 2, 0],
   }
@@ -66,7 +82,9 @@ def test_encoder_decoder_row():
 def test_weights_count_targets_and_inputs_see_no_later_token():
   rng = np.random.default_rng(0)
   for kind in ('causal', 'prefix', 'encoder_decoder'):
-    examples = [(rng.integers(3, 90, 0 if kind == 'causal' else 3), rng.integers(3, 90, 4)) for _ in range(2)]
+    examples = [
+      (rng.integers(3, 90, 0 if kind == 'causal' else 3), rng.integers(3, 90, 4)) for _ in range(2)
+    ]
     row = fill(kind, examples)
     assert sum(row['weights']) == 8
     weighted = [t for t, w in zip(row['targets'], row['weights'], strict=True) if w]
@@ -140,12 +158,21 @@ def test_ramp_is_linear_exact_and_has_few_sizes():
   assert batch.linear_ramp(k + 100, start=start, stop=stop, rows=rows) == stop
   assert len(set(sizes)) <= 8 and all(s % start == 0 for s in sizes)
   assert done - rows < stop
-  halfway = sizes[next(i for i, total in enumerate(itertools.accumulate(sizes)) if total >= rows / 2)]
+  halfway = sizes[
+    next(i for i, total in enumerate(itertools.accumulate(sizes)) if total >= rows / 2)
+  ]
   assert math.isclose(halfway, (start + stop) / 2, rel_tol=0.2)
-  ends = np.cumsum(sizes)[np.flatnonzero(np.diff(sizes))]  # rows seen when the size changes: evenly spaced
+  ends = np.cumsum(sizes)[
+    np.flatnonzero(np.diff(sizes))
+  ]  # rows seen when the size changes: evenly spaced
   assert np.abs(np.diff(ends) / np.diff(ends).mean() - 1).max() < 0.01
 
 
-@pytest.mark.parametrize('wrong', [dict(start=0), dict(start=8, stop=8), dict(stop=12), dict(rows=4), dict(sizes=1)])
+@pytest.mark.parametrize(
+  'wrong', [dict(start=0), dict(start=8, stop=8), dict(stop=12), dict(rows=4), dict(sizes=1)]
+)
 def test_wrong_ramp(wrong):
-  says('a ramp needs', lambda: batch.linear_ramp(0, **dict(dict(start=8, stop=16, rows=100, sizes=4), **wrong)))
+  says(
+    'a ramp needs',
+    lambda: batch.linear_ramp(0, **dict(dict(start=8, stop=16, rows=100, sizes=4), **wrong)),
+  )

@@ -48,7 +48,11 @@ def rebuild(inputs, targets):
 def noise_mask(inputs, targets):
   """bool per token of the text: was it hidden?"""
   sentinels = set(V.sentinels.tolist())
-  lengths = [len(list(g)) for is_mark, g in itertools.groupby(targets.tolist()[:-1], lambda t: t in sentinels) if not is_mark]
+  lengths = [
+    len(list(g))
+    for is_mark, g in itertools.groupby(targets.tolist()[:-1], lambda t: t in sentinels)
+    if not is_mark
+  ]
   body, spans = [t for t in inputs.tolist()[:-1] if t not in V.modes.values()], iter(lengths)
   return list(itertools.chain(*([True] * next(spans) if t in sentinels else [False] for t in body)))
 
@@ -67,7 +71,10 @@ def test_inputs_and_targets_rebuild_the_text(kind):
     lengths = d.lengths(np.array([n]), np.array([end]), np.array([u]))
     assert [int(x[0]) for x in lengths] == [len(inputs), len(targets)]
     most = [int(m) for m in d.longest(np.array(n + end))]
-    assert all(a <= b for a, b in zip((len(inputs), len(targets), len(inputs) + len(targets)), most, strict=True))
+    assert all(
+      a <= b
+      for a, b in zip((len(inputs), len(targets), len(inputs) + len(targets)), most, strict=True)
+    )
     assert inputs.dtype == targets.dtype == np.int32
 
 
@@ -81,7 +88,11 @@ def test_same_u_and_rng_give_the_same_example(kind):
 
 def test_empty_chunks():
   end = np.array([False, True])
-  for make, want in ((denoise.causal, [0, 1]), (denoise.prefix_lm, [0, 0]), (denoise.span_corruption, [0, 0])):
+  for make, want in (
+    (denoise.causal, [0, 1]),
+    (denoise.prefix_lm, [0, 0]),
+    (denoise.span_corruption, [0, 0]),
+  ):
     inputs, targets = make(V).lengths(np.zeros(2, np.int64), end, np.array([0.5, 0.5]))
     assert inputs.tolist() == [0, 0] and targets.tolist() == want
 
@@ -104,7 +115,9 @@ def test_raw_length_is_the_largest_that_fits():
     d = KINDS[kind](V)
     raw = denoise.raw_length(d, **limits)
     want = [limits.get(k, math.inf) for k in ('inputs', 'targets', 'total')]
-    fits = lambda n, d=d, want=want: all(int(x) <= w for x, w in zip(d.longest(np.array(n)), want, strict=True))
+    fits = lambda n, d=d, want=want: all(
+      int(x) <= w for x, w in zip(d.longest(np.array(n)), want, strict=True)
+    )
     assert fits(raw) and not fits(raw + 1)
   says('raise length', lambda: denoise.raw_length(denoise.span_corruption(V), total=3))
 
@@ -130,12 +143,17 @@ def test_noise_counts_are_t5s():
   for n, rate, mean in itertools.product((2, 3, 10, 33, 512, 568), (0.15, 0.5), (3.0, 8.0, 64.0)):
     noise = min(max(round(float(np.float32(n) * np.float32(rate))), 1), n - 1)
     spans = max(round(noise / mean), 1)
-    assert [int(x) for x in denoise.noise_counts(np.array(n), rate=rate, mean=mean)] == [noise, spans]
+    assert [int(x) for x in denoise.noise_counts(np.array(n), rate=rate, mean=mean)] == [
+      noise,
+      spans,
+    ]
 
 
 @pytest.mark.parametrize(('items', 'parts'), [(6, 3), (7, 2), (5, 5), (300, 2)])
 def test_partitions_are_uniform_over_all_compositions(items, parts):
-  """T5 shuffles parts - 1 ones among items - 1 places: every composition has probability 1 / C(items - 1, parts - 1)."""
+  """T5 shuffles parts - 1 ones among items - 1 places: every composition has probability 1 / C(items - 1, parts -
+  1).
+  """
   rng, draws = np.random.default_rng(0), 6000
   seen = Counter(tuple(denoise.partition(items, parts, rng).tolist()) for _ in range(draws))
   cells = math.comb(items - 1, parts - 1)
@@ -160,7 +178,9 @@ def test_rate_and_span_lengths(rate, mean):
     firsts.append(runs[0])
     masks.append(mask)
   m = noise / spans
-  variance = (spans - 1) * noise * (noise - spans) / (spans**2 * (spans + 1))  # of a part of a uniform composition
+  variance = (
+    (spans - 1) * noise * (noise - spans) / (spans**2 * (spans + 1))
+  )  # of a part of a uniform composition
   assert abs(np.mean(firsts) - m) < 3 * math.sqrt(variance / len(firsts)) + 1e-9
   assert abs(np.mean(masks, axis=0)[n // 4 : -n // 4].mean() - rate) < 0.05
 
@@ -187,7 +207,9 @@ def test_ul2_mixes_its_seven_denoisers_evenly_and_names_the_mode_first():
   assert len(shapes) == 7
   for k in shapes.values():
     assert abs(k / draws - 1 / 7) < 3.5 * math.sqrt(6 / 49 / draws)
-  settings = [(p.keywords.get('rate'), p.keywords.get('mean'), p.keywords['mode']) for p in denoise.UL2]
+  settings = [
+    (p.keywords.get('rate'), p.keywords.get('mean'), p.keywords['mode']) for p in denoise.UL2
+  ]
   assert settings == [(0.15, 3.0, '[R]'), (0.15, 8.0, '[R]'), (None, None, '[S]'), (0.5, 3.0, '[X]'), (0.5, 8.0, '[X]'),
                       (0.15, 64.0, '[X]'), (0.5, 64.0, '[X]')]  # fmt: skip
 

@@ -1,5 +1,6 @@
 """The source: every token where it belongs, the same batches whatever the processes, exact resumption."""
 
+import itertools
 import json
 import subprocess
 import sys
@@ -62,7 +63,9 @@ SETTINGS = {
   'lm windows': dict(rows=batch.concatenate),
   'ul2 prefix': dict(kind='prefix', denoiser=denoise.ul2),
   'ul2 encoder-decoder': dict(kind='encoder_decoder', denoiser=denoise.ul2, encoder_length=48),
-  'spans, windows': dict(kind='encoder_decoder', denoiser=denoise.span_corruption, rows=batch.concatenate),
+  'spans, windows': dict(
+    kind='encoder_decoder', denoiser=denoise.span_corruption, rows=batch.concatenate
+  ),
   'prefix, padded': dict(kind='prefix', denoiser=denoise.prefix_lm, rows=batch.pad),
   'on the fly': dict(read=readers.tokenized, kind='prefix', denoiser=denoise.ul2),
   'on the fly, windows': dict(read=readers.tokenized, rows=batch.concatenate),
@@ -74,9 +77,14 @@ each = pytest.mark.parametrize('setting', SETTINGS)
 def test_processes_together_give_the_batches_of_one(mixed, setting):
   whole = take(make(mixed, **SETTINGS[setting]), 5)
   for count in (2, 4):
-    shares = [take(make(mixed, process_index=i, process_count=count, **SETTINGS[setting]), 5) for i in range(count)]
+    shares = [
+      take(make(mixed, process_index=i, process_count=count, **SETTINGS[setting]), 5)
+      for i in range(count)
+    ]
     assert all(len(b['targets']) == 8 // count for share in shares for b in share)
-    same(whole, [{k: np.concatenate([s[i][k] for s in shares]) for k in whole[0]} for i in range(5)])
+    same(
+      whole, [{k: np.concatenate([s[i][k] for s in shares]) for k in whole[0]} for i in range(5)]
+    )
 
 
 @each
@@ -111,7 +119,9 @@ def test_resuming_with_another_number_of_processes(short):
   for source in then:
     source.restore(states[0])
   shares = [take(source, 4) for source in then]
-  same(whole[5:], [{k: np.concatenate([s[i][k] for s in shares]) for k in whole[0]} for i in range(4)])
+  same(
+    whole[5:], [{k: np.concatenate([s[i][k] for s in shares]) for k in whole[0]} for i in range(4)]
+  )
   for source in first:
     source.close()
 
@@ -123,7 +133,9 @@ def test_every_epoch_has_every_document_once_in_another_order(short):
   reader = readers.mapped(corpus, v, 'train', readers.Cut(64, False, False, 0))
   order = pipeline.endless_order([reader], (1.0,), 0, True)
   blocks = [order(j)[0] for j in range(2 * reader.units // reader.block + 1)]
-  drawn = [tuple(b.get(i).tolist()) for b in blocks for i in range(len(b.sizes))][: 2 * reader.units]
+  drawn = [tuple(b.get(i).tolist()) for b in blocks for i in range(len(b.sizes))][
+    : 2 * reader.units
+  ]
   first, second = drawn[: reader.units], drawn[reader.units :]
   assert sorted(first) == sorted(second) and first != second
   assert set(documents) <= {v.decode(ids) for ids in first}
@@ -161,7 +173,7 @@ def test_pieces_tile_for_all_sizes():
       for d, size in enumerate(sizes):
         spans = [(a, b) for e, a, b in zip(document, start, stop, strict=True) if e == d and b > a]
         assert spans[0][0] == 0 and spans[-1][1] == size and all(b - a <= 10 for a, b in spans)
-        assert all(a[1] == b[0] for a, b in zip(spans, spans[1:], strict=False))
+        assert all(a[1] == b[0] for a, b in itertools.pairwise(spans))
 
 
 @pytest.mark.parametrize('read', [readers.mapped, readers.tokenized])
@@ -176,7 +188,14 @@ def test_held_out_pass_covers_every_byte_once(short, long, rows, read):
     assert ends == len(list(corpus.texts('validation')))
     assert all(b['targets'].shape == (8, 64) for b in got)
     same(got, list(source.once()))
-    shares = [list(make(task, split='validation', rows=rows, read=read, process_index=i, process_count=2).once()) for i in (0, 1)]
+    shares = [
+      list(
+        make(
+          task, split='validation', rows=rows, read=read, process_index=i, process_count=2
+        ).once()
+      )
+      for i in (0, 1)
+    ]
     same(got, [{k: np.concatenate([a[k], b[k]]) for k in a} for a, b in zip(*shares, strict=True)])
 
 
@@ -184,9 +203,13 @@ def test_shakespeare_split_is_nanogpts():
   task = tasks.tiny_shakespeare(vocab=BYTES)
   train, held = (''.join(task.corpora[0].texts(s)) for s in ('train', 'validation'))
   assert len(train + held) == 1_115_394 and len(train) == int(1_115_394 * 0.9) == 1_003_854
-  assert train.startswith('First Citizen:\nBefore we proceed') and held.startswith('?\n\nGREMIO:\nGood morrow')
+  assert train.startswith('First Citizen:\nBefore we proceed') and held.startswith(
+    '?\n\nGREMIO:\nGood morrow'
+  )
   store(task, ('validation',))
-  source = make(partial(tasks.tiny_shakespeare, vocab=BYTES), split='validation', rows=batch.concatenate)
+  source = make(
+    partial(tasks.tiny_shakespeare, vocab=BYTES), split='validation', rows=batch.concatenate
+  )
   got = [source.vocab.decode(b['targets'][b['weights'] > 0]) for b in source.once()]
   assert ''.join(got) == held
 
@@ -205,7 +228,9 @@ def test_packed_rows_hold_whole_segments(short):
         assert b['positions'][row][here].tolist() == list(range(len(here)))
         targets, weights, prefix = (b[name][row][here] for name in ('targets', 'weights', 'prefix'))
         given = int((weights == 0).sum())
-        assert (weights[:given] == 0).all() and prefix.tolist() == [i <= given for i in range(len(here))]
+        assert (weights[:given] == 0).all() and prefix.tolist() == [
+          i <= given for i in range(len(here))
+        ]
         assert b['inputs'][row][here].tolist() == [0, *targets[:-1].tolist()]
         text = source.vocab.decode(targets)
         assert text.startswith('[S]') and text[3:] in corpus
@@ -216,7 +241,9 @@ def test_packed_rows_hold_whole_segments(short):
 
 
 def test_encoder_and_decoder_segments_match(short):
-  source = make(short, kind='encoder_decoder', denoiser=denoise.span_corruption, length=64, encoder_length=128)
+  source = make(
+    short, kind='encoder_decoder', denoiser=denoise.span_corruption, length=64, encoder_length=128
+  )
   for b in take(source, 3):
     assert (b['encoder/segments'].max(1) == b['segments'].max(1)).all()
     marks = lambda x: sorted(set(x.tolist()) & set(source.vocab.sentinels.tolist()))
@@ -253,14 +280,26 @@ def test_rows_of_the_survey(tmp_path):
   corpus = tasks.tiny_shakespeare(vocab=lambda text: v).corpora[0]
   materialize.write(str(tmp_path), documents, corpus, v, 'train')
   stored = materialize.read(str(tmp_path), v)
-  assert stored.tokens.reshape(4, 10).tolist() == rows and stored.documents.tolist() == [0, 14, 18, 29, 40]
+  assert stored.tokens.reshape(4, 10).tolist() == rows and stored.documents.tolist() == [
+    0,
+    14,
+    18,
+    29,
+    40,
+  ]
 
 
 def test_mixture_rates(mixed):
   """In every stretch of the stream the parts appear in proportion to their rates."""
-  opened = [readers.mapped(c, mixed().vocab, 'train', readers.Cut(64, False, False, 0)) for c in mixed().corpora]
+  opened = [
+    readers.mapped(c, mixed().vocab, 'train', readers.Cut(64, False, False, 0))
+    for c in mixed().corpora
+  ]
   spy = []
-  parts = [r._replace(chunks=lambda u, e, i=i, r=r: spy.append((i, len(u))) or r.chunks(u, e)) for i, r in enumerate(opened)]
+  parts = [
+    r._replace(chunks=lambda u, e, i=i, r=r: spy.append((i, len(u))) or r.chunks(u, e))
+    for i, r in enumerate(opened)
+  ]
   order = pipeline.endless_order(parts, (3.0, 1.0), 0, True)
   order(0), order(5)
   counts = [sum(n for i, n in spy if i == k) for k in (0, 1)]
@@ -275,7 +314,9 @@ def test_ramp(short):
   batches = take(make(short, ramp=ramp), 12)
   assert [len(b['targets']) for b in batches] == [ramp(k) for k in range(12)]
   whole = np.concatenate([b['targets'] for b in take(make(short), 12)])
-  np.testing.assert_array_equal(np.concatenate([b['targets'] for b in batches]), whole[: sum(map(ramp, range(12)))])
+  np.testing.assert_array_equal(
+    np.concatenate([b['targets'] for b in batches]), whole[: sum(map(ramp, range(12)))]
+  )
   source = make(short, ramp=ramp)
   source.skip(9)
   np.testing.assert_array_equal(source()['targets'], batches[9]['targets'])
@@ -299,7 +340,9 @@ def test_config_round_trip(short):
 
 def test_a_failure_in_the_thread_reaches_the_caller(short):
   source = make(short)
-  source._batches = lambda state: iter([1 / 0] if state is None else (_ for _ in ()).throw(ValueError('disk gone')))
+  source._batches = lambda state: iter(
+    [1 / 0] if state is None else (_ for _ in ()).throw(ValueError('disk gone'))
+  )
   for _ in range(2):
     with pytest.raises(ValueError, match='disk gone'):
       source()
@@ -336,11 +379,15 @@ def test_wrong_sizes_name_the_remedy(short):
   says('length must be at least 2', lambda: make(short, length=1))
   says('batch of 0', lambda: make(short, batch=0))
   says(('322 ids', 'model.vocab=322'), lambda: pipeline.make(model(vocab=100), task=short))
-  says('longer than the 32 positions', lambda: pipeline.make(model(length=32), task=short, length=64))
+  says(
+    'longer than the 32 positions', lambda: pipeline.make(model(length=32), task=short, length=64)
+  )
   says('only an encoder-decoder', lambda: make(short, encoder_length=32))
   says('use denoise.prefix_lm', lambda: make(short, kind='encoder_decoder'))
   says("no split 'test'", lambda: make(short, split='test'))
-  says('raise length', lambda: make(short, kind='prefix', denoiser=denoise.span_corruption, length=3))
+  says(
+    'raise length', lambda: make(short, kind='prefix', denoiser=denoise.span_corruption, length=3)
+  )
   says('not the state of a data pipeline', lambda: make(short).restore({'step': 3}))
   says('process_index and process_count', lambda: make(short, process_count=None))
   says('the ramp gives 16 rows', lambda: make(short, ramp=lambda k: 16))

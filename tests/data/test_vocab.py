@@ -12,15 +12,18 @@ from tests.data.conftest import says, words
 
 TEXT = [words(2000, 0) + '\n' + 'Zwölf Boxkämpfer jagen Viktor quer über den Sylter Deich. ' * 5]
 ODD = (
-  '', ' ', '  ', '\n', '\n\n\n', '\t', 'a\tb', ' a', 'a ', '  two   spaces ', 'line\r\nline\r', 'naïve café', 'Ⅷ①ﬁ ａ', '😀 👩‍👩‍👧',
-  'e\u0301 é', '\x00', 'a\x00b', '\u2581', 'a\u2581 \u2581', '\ufeffbom', '\u2028\u2029', '\U0010ffff', '</s><pad><unk>', '<0x41>', ' ⁇ ', '[R', 'x[Y]',
-  '[S]', 'a[R]b[X]', '<extra_id_0>', '<extra_id_', 'x<extra_id_10>y<extra_id_1>', 'नमस्ते', '中文字', 'שלום',
+  '', ' ', '  ', '\n', '\n\n\n', '\t', 'a\tb', ' a', 'a ', '  two   spaces ', 'line\r\nline\r', 'naïve café', 'Ⅷ①ﬁ ａ',
+  '😀 👩‍👩‍👧', 'e\u0301 é', '\x00', 'a\x00b', '\u2581', 'a\u2581 \u2581', '\ufeffbom', '\u2028\u2029', '\U0010ffff',
+  '</s><pad><unk>', '<0x41>', ' ⁇ ', '[R', 'x[Y]', '[S]', 'a[R]b[X]', '<extra_id_0>', '<extra_id_', '<extra_id_999>',
+  'x<extra_id_10>y<extra_id_1>', 'नमस्ते', '中文字', 'שלום',
 )  # fmt: skip
 
 
 @pytest.fixture(scope='module')
 def all_kinds():
-  trained = [vocab.sentencepiece(vocab.text_of(TEXT), size=480, model=m) for m in ('bpe', 'unigram')]
+  trained = [
+    vocab.sentencepiece(vocab.text_of(TEXT), size=480, model=m) for m in ('bpe', 'unigram')
+  ]
   return [*trained, vocab.bytes_()]
 
 
@@ -46,7 +49,9 @@ def test_round_trip_of_random_strings(all_kinds):
 def test_markers_are_single_ids_at_the_end(all_kinds):
   for v in all_kinds:
     assert len(v.sentinels) == 100
-    assert v.sentinels.tolist() == [v.size - 1 - i for i in range(100)]  # <extra_id_0> is the last id
+    assert v.sentinels.tolist() == [
+      v.size - 1 - i for i in range(100)
+    ]  # <extra_id_0> is the last id
     for i in (0, 1, 10, 99):
       assert v.encode(f'<extra_id_{i}>') == [v.sentinels[i]]
     for mode in ('[R]', '[S]', '[X]'):
@@ -73,7 +78,9 @@ def test_size_counts_every_id(pieces):
 def test_decode_of_padding_end_and_ids_beyond(pieces):
   ids = pieces.encode('the end')
   assert pieces.decode([*ids, 1, 0, 0]) == 'the end'
-  assert pieces.decode([*ids, pieces.size + 7]) == 'the end\ufffd'  # a padded row of the model's table
+  assert (
+    pieces.decode([*ids, pieces.size + 7]) == 'the end\ufffd'
+  )  # a padded row of the model's table
 
 
 def test_save_and_load(tmp_path, all_kinds):
@@ -112,7 +119,12 @@ def test_symbols_are_one_piece():
 def spm_model(**ids):
   buffer = io.BytesIO()
   spm.SentencePieceTrainer.train(
-    sentence_iterator=iter([words(500, 1)]), model_writer=buffer, vocab_size=50, minloglevel=2, hard_vocab_limit=False, **ids
+    sentence_iterator=iter([words(500, 1)]),
+    model_writer=buffer,
+    vocab_size=50,
+    minloglevel=2,
+    hard_vocab_limit=False,
+    **ids,
   )
   return buffer.getvalue()
 

@@ -51,13 +51,20 @@ class Fake(NamedTuple):
 def make_params(seed=0):
   rng = np.random.default_rng(seed)
   table, mix = rng.normal(size=(V, D)), rng.normal(size=(D, D)) / 4
-  return {'embedding': {'table': jnp.asarray(table, jnp.float32)}, 'mix': jnp.asarray(mix, jnp.float32)}
+  return {
+    'embedding': {'table': jnp.asarray(table, jnp.float32)},
+    'mix': jnp.asarray(mix, jnp.float32),
+  }
 
 
 def make_batch(seed=1, rows=B):
   rng = np.random.default_rng(seed)
   ids = lambda: jnp.asarray(rng.integers(0, V, (rows, T)), jnp.int32)
-  return dict(inputs=ids(), targets=ids(), weights=jnp.asarray(rng.random((rows, T)) * (rng.random((rows, T)) < 0.7), jnp.float32))
+  return dict(
+    inputs=ids(),
+    targets=ids(),
+    weights=jnp.asarray(rng.random((rows, T)) * (rng.random((rows, T)) < 0.7), jnp.float32),
+  )
 
 
 def t5x(logits, targets, weight, z_loss, smoothing):
@@ -103,7 +110,9 @@ def test_t5x(kw):
   params, batch, model = make_params(), make_batch(), Fake()
   out = evaluate(model, params, batch, **kw)
   logits = model.logits(params, model.hidden(params, batch).x)
-  expected, z = t5x(logits, batch['targets'], batch['weights'], kw.get('z_loss', 0), kw.get('label_smoothing', 0))
+  expected, z = t5x(
+    logits, batch['targets'], batch['weights'], kw.get('z_loss', 0), kw.get('label_smoothing', 0)
+  )
   plain, _ = t5x(logits, batch['targets'], batch['weights'], 0, 0)
   right = (np.asarray(logits).argmax(-1) == batch['targets']) * batch['weights']
   np.testing.assert_allclose(out.sum, expected, rtol=2e-6)
@@ -166,7 +175,9 @@ def test_only_what_is_differentiated_costs():
 
 def test_logits_of_the_whole_length_never_exist():
   params, batch = make_params(), make_batch()
-  out = lambda chunk: jax.jit(lambda p: jax.grad(lambda p: language.next_token(Fake(), p, batch, None, chunk=chunk).sum)(p))
+  out = lambda chunk: jax.jit(
+    lambda p: jax.grad(lambda p: language.next_token(Fake(), p, batch, None, chunk=chunk).sum)(p)
+  )
   shapes = lambda chunk: out(chunk).lower(params).as_text()
   assert f'{B}x{T}x{V}xf32' in shapes(None)
   assert f'{B}x{T}x{V}xf32' not in shapes(5) and f'{B}x5x{V}xf32' in shapes(5)
@@ -182,7 +193,9 @@ def test_z_loss_gradient_in_closed_form():
 
     def total(x, z, chunk=chunk):
       args = (lambda h, x: x + h['b'], head, x, targets, ones, cross_entropy.Penalty(z))
-      return (cross_entropy.whole(*args) if chunk is None else cross_entropy.fused(*args, chunk)).loss
+      return (
+        cross_entropy.whole(*args) if chunk is None else cross_entropy.fused(*args, chunk)
+      ).loss
 
     grad = jax.jit(jax.grad(total), static_argnums=1)
     got = grad(logits, z) - grad(logits, 0.0)
@@ -193,9 +206,15 @@ def test_z_loss_gradient_in_closed_form():
 @pytest.mark.parametrize('chunk', [None, 4])
 def test_positions_of_weight_zero_do_not_exist(chunk):
   params, batch = make_params(), make_batch()
-  changed = dict(batch, targets=jnp.where(batch['weights'] > 0, batch['targets'], (batch['targets'] + 7) % V))
+  changed = dict(
+    batch, targets=jnp.where(batch['weights'] > 0, batch['targets'], (batch['targets'] + 7) % V)
+  )
   kw = dict(SETTINGS[-1], chunk=chunk)
-  assert_close(value_and_grad(Fake(), params, batch, **kw), value_and_grad(Fake(), params, changed, **kw), rtol=0)
+  assert_close(
+    value_and_grad(Fake(), params, batch, **kw),
+    value_and_grad(Fake(), params, changed, **kw),
+    rtol=0,
+  )
   nothing = dict(batch, weights=jnp.zeros((B, T)))
   out, grads = value_and_grad(Fake(), params, nothing, **kw)
   assert float(out.sum) == float(out.weight) == 0
@@ -263,17 +282,27 @@ def test_auxiliary_losses_are_added_and_reported():
 
 
 @pytest.mark.parametrize('explicit', [False, True])
-@pytest.mark.parametrize('sizes', [dict(data=2, fsdp=2, tensor=2), dict(data=1, fsdp=8), dict(data=1, tensor=8)], ids=str)
+@pytest.mark.parametrize(
+  'sizes', [dict(data=2, fsdp=2, tensor=2), dict(data=1, fsdp=8), dict(data=1, tensor=8)], ids=str
+)
 @pytest.mark.parametrize('chunk', [None, 4])
 def test_devices(chunk, sizes, explicit):
   """Rows, embedding and vocabulary split over eight devices: the loss and gradients of one."""
   params, batch, kw = make_params(), make_batch(rows=8), dict(SETTINGS[-1], chunk=chunk)
   expected = value_and_grad(Fake(), params, batch, **kw)
   axes = {'embedding': {'table': ('vocab', 'embed')}, 'mix': ('embed', 'ffn')}
-  with jax.set_mesh(mesh.make(explicit=explicit, **sizes)), mesh.rules(**dict(mesh.ZERO3, weights=dict(vocab=('tensor',), embed=('fsdp',)))):
+  with (
+    jax.set_mesh(mesh.make(explicit=explicit, **sizes)),
+    mesh.rules(**dict(mesh.ZERO3, weights=dict(vocab=('tensor',), embed=('fsdp',)))),
+  ):
     placed = jax.device_put(params, mesh.shardings(axes, params))
     if explicit:
-      batch = {k: jax.device_put(v, jax.NamedSharding(jax.sharding.get_mesh(), mesh.spec('batch', 'length'))) for k, v in batch.items()}
+      batch = {
+        k: jax.device_put(
+          v, jax.NamedSharding(jax.sharding.get_mesh(), mesh.spec('batch', 'length'))
+        )
+        for k, v in batch.items()
+      }
     got = value_and_grad(Fake(), placed, batch, **kw)
   assert_close(jax.device_get(got), expected, rtol=1e-5, atol=1e-5)
 
@@ -284,16 +313,27 @@ def test_head_gradients_cross_devices_once():
   with jax.set_mesh(mesh.make(data=8)):
     total = lambda p, b: language.next_token(Fake(), p, b, None, chunk=2).sum
     text = jax.jit(jax.grad(total)).lower(params, mesh.place(batch)).compile().as_text()
-  loops = {line.split('body=')[1].split(',')[0].strip() for line in text.splitlines() if ' while(' in line}
+  loops = {
+    line.split('body=')[1].split(',')[0].strip() for line in text.splitlines() if ' while(' in line
+  }
   bodies = [part for part in text.split('\n\n') if part.strip().split(' ')[0] in loops]
   assert loops and len(bodies) == len(loops)
-  assert not [line for body in bodies for line in body.splitlines() if 'all-reduce' in line or 'all-gather' in line]
+  assert not [
+    line
+    for body in bodies
+    for line in body.splitlines()
+    if 'all-reduce' in line or 'all-gather' in line
+  ]
   assert 'all-reduce' in text
 
 
 @pytest.mark.parametrize(
   'kw, remedy',
-  [(dict(z_loss=-1.0), '0 is none'), (dict(label_smoothing=1.0), 'probability'), (dict(chunk=0), 'None for the whole length')],
+  [
+    (dict(z_loss=-1.0), '0 is none'),
+    (dict(label_smoothing=1.0), 'probability'),
+    (dict(chunk=0), 'None for the whole length'),
+  ],
 )
 def test_nonsense_is_refused(kw, remedy):
   with pytest.raises(UserError, match=remedy):
@@ -311,10 +351,14 @@ def test_transformer(head):
   from llm_jax.model import attention, block, ffn, heads, transformer
 
   layers = functools.partial(
-    block.decoder, mixer=functools.partial(attention.SelfAttention, heads=2), ffn=functools.partial(ffn.Gated, hidden=32)
+    block.decoder,
+    mixer=functools.partial(attention.SelfAttention, heads=2),
+    ffn=functools.partial(ffn.Gated, hidden=32),
   )
-  model = transformer.causal(vocab=V, embed=D, layers=2, block=layers, head=getattr(heads, head), vocab_multiple=16)
-  params = model.init(jax.random.key(0))
+  model = transformer.causal(
+    vocab=V, embed=D, layers=1, block=layers, head=getattr(heads, head), vocab_multiple=16
+  )
+  params = jax.jit(model.init)(jax.random.key(0))
   batch = make_batch()
   kw = dict(SETTINGS[-1])
   whole, fused = (value_and_grad(model, params, batch, chunk=c, **kw) for c in (None, 4))

@@ -34,7 +34,10 @@ def run(axes, params, grads, **kw):
 
 def draw(shapes, n, seed=0, scale=1.0):
   rng = np.random.default_rng(seed)
-  one = lambda: {k: jnp.asarray(scale * rng.normal(size=s) * rng.gamma(1.0, size=s), jnp.float32) for k, s in shapes.items()}
+  one = lambda: {
+    k: jnp.asarray(scale * rng.normal(size=s) * rng.gamma(1.0, size=s), jnp.float32)
+    for k, s in shapes.items()
+  }
   return [one() for _ in range(n)]
 
 
@@ -68,7 +71,10 @@ def paper(p, grads, *, factored, beta1=None, decay=0.8, d=1.0, eps1=1e-30, eps2=
   return p
 
 
-@pytest.mark.parametrize('kw', [dict(), dict(beta1=0.9), dict(beta1=0.9, min_factored=None), dict(min_scale=None, clip=None)])
+@pytest.mark.parametrize(
+  'kw',
+  [dict(), dict(beta1=0.9), dict(beta1=0.9, min_factored=None), dict(min_scale=None, clip=None)],
+)
 @pytest.mark.parametrize('shape', [(6, 10), (10, 6)])
 def test_optax(shape, kw):
   kw = dict(min_factored=4) | kw
@@ -94,37 +100,65 @@ def test_optax(shape, kw):
 def test_paper(mode):
   """2-D, 3-D with two column axes, an output projection whose rows come last, and vectors."""
   kw = dict(min_factored=4) if mode == 't5' else dict(beta1=0.9, min_factored=None)
-  axes = dict(w=('embed', 'ffn'), q=('embed', 'heads', 'head_dim'), o=('heads', 'head_dim', 'embed'), n=('norm',), b=('heads', 'head_dim'))
+  axes = dict(
+    w=('embed', 'ffn'),
+    q=('embed', 'heads', 'head_dim'),
+    o=('heads', 'head_dim', 'embed'),
+    n=('norm',),
+    b=('heads', 'head_dim'),
+  )
   shapes = dict(w=(8, 5), q=(8, 3, 4), o=(3, 4, 8), n=(8,), b=(3, 4))
   (params,), grads = draw(shapes, 1), draw(shapes, len(RATES), seed=1)
   ours, _ = run(axes, params, grads, **kw)
   for name in axes:
     rows_first = (lambda x: np.moveaxis(np.asarray(x), -1, 0)) if name == 'o' else np.asarray
     factored = mode == 't5' and name in 'wqo'
-    expected = paper(rows_first(params[name]), [rows_first(g[name]) for g in grads], factored=factored, beta1=kw.get('beta1'))
+    expected = paper(
+      rows_first(params[name]),
+      [rows_first(g[name]) for g in grads],
+      factored=factored,
+      beta1=kw.get('beta1'),
+    )
     np.testing.assert_allclose(rows_first(ours[-1][name]), expected, rtol=2e-5, atol=1e-6)
 
 
 @pytest.mark.parametrize('kw', [dict(min_factored=4), dict(beta1=0.9, min_factored=None)])
 def test_stacked_is_per_layer(kw):
   """Statistics, clipping and parameter scale of a stacked tree are those of its layers (and experts) one by one."""
-  axes = dict(w=('layers', 'embed', 'ffn'), n=('layers', 'norm'), e=('layers', 'expert', 'embed', 'ffn'))
+  axes = dict(
+    w=('layers', 'embed', 'ffn'), n=('layers', 'norm'), e=('layers', 'expert', 'embed', 'ffn')
+  )
   shapes = dict(w=(3, 8, 5), n=(3, 8), e=(3, 2, 8, 5))
-  layer_scale = lambda draws: [{k: v * 10.0 ** jnp.arange(-2, 1).reshape(3, *[1] * (v.ndim - 1)) for k, v in d.items()} for d in draws]
+  layer_scale = lambda draws: [
+    {k: v * 10.0 ** jnp.arange(-2, 1).reshape(3, *[1] * (v.ndim - 1)) for k, v in d.items()}
+    for d in draws
+  ]
   (params,), grads = layer_scale(draw(shapes, 1)), layer_scale(draw(shapes, len(RATES), seed=1))
   together, _ = run(axes, params, grads, **kw)
   for i in range(3):
     cut = lambda t: dict(w=t['w'][i], n=t['n'][i], e0=t['e'][i, 0], e1=t['e'][i, 1])
     alone, _ = run(
-      dict(w=('embed', 'ffn'), n=('norm',), e0=('embed', 'ffn'), e1=('embed', 'ffn')), cut(params), [cut(g) for g in grads], **kw
+      dict(w=('embed', 'ffn'), n=('norm',), e0=('embed', 'ffn'), e1=('embed', 'ffn')),
+      cut(params),
+      [cut(g) for g in grads],
+      **kw,
     )
-    jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=2e-6, atol=1e-9), cut(together[-1]), alone[-1])
+    jax.tree.map(
+      lambda a, b: np.testing.assert_allclose(a, b, rtol=2e-6, atol=1e-9),
+      cut(together[-1]),
+      alone[-1],
+    )
 
 
 def test_state_is_rows_plus_columns():
   """T5: O(n + m) numbers, nothing else; PaLM: two per parameter."""
   axes = {'decoder': {'w': ('layers', 'embed', 'heads', 'head_dim'), 'n': ('layers', 'norm')}}
-  params = {'decoder': {'w': jax.ShapeDtypeStruct((4, 512, 8, 64), jnp.float32), 'n': jax.ShapeDtypeStruct((4, 512), jnp.float32)}}
+  params = {
+    'decoder': {
+      'w': jax.ShapeDtypeStruct((4, 512, 8, 64), jnp.float32),
+      'n': jax.ShapeDtypeStruct((4, 512), jnp.float32),
+    }
+  }
   size = lambda **kw: tree.count(jax.eval_shape(lib.adafactor(axes, **kw).init, params))
   n = 4 * 512
   assert size() == 4 * (512 + 8 * 64) + n + 1
@@ -138,11 +172,17 @@ def test_small_matrices_are_not_factored():
 
 
 def test_names_follow_by_dropping_axes():
-  axes = dict(w=('layers', 'embed', 'heads', 'head_dim'), router=('layers', 'embed', 'expert'), n=('norm',))
+  axes = dict(
+    w=('layers', 'embed', 'heads', 'head_dim'), router=('layers', 'embed', 'expert'), n=('norm',)
+  )
   shapes = dict(w=(2, 128, 4, 64), router=(2, 128, 256), n=(128,))
-  names = lib.adafactor(axes).axes({k: jax.ShapeDtypeStruct(s, jnp.float32) for k, s in shapes.items()})
+  names = lib.adafactor(axes).axes(
+    {k: jax.ShapeDtypeStruct(s, jnp.float32) for k, s in shapes.items()}
+  )
   assert names.row == dict(w=('layers', 'embed'), router=('layers', 'embed'), n=None)
-  assert names.column == dict(w=('layers', 'heads', 'head_dim'), router=('layers', 'expert'), n=None)
+  assert names.column == dict(
+    w=('layers', 'heads', 'head_dim'), router=('layers', 'expert'), n=None
+  )
   assert names.full == dict(w=None, router=None, n=('norm',))
   assert names.momentum == dict(w=None, router=None, n=None)
 
@@ -156,7 +196,9 @@ def test_palm_decays_by_the_rate_squared():
   np.testing.assert_allclose(updates['w'], -(0.2**2), rtol=1e-6)
 
 
-@pytest.mark.parametrize('kw, remedy', [(dict(beta1=1.0), 'None for no momentum'), (dict(decay=0.0), 'the paper has 0.8')])
+@pytest.mark.parametrize(
+  'kw, remedy', [(dict(beta1=1.0), 'None for no momentum'), (dict(decay=0.0), 'the paper has 0.8')]
+)
 def test_nonsense_is_refused(kw, remedy):
   with pytest.raises(UserError, match=remedy):
     lib.adafactor({'w': ('embed', 'ffn')}, **kw)

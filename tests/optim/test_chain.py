@@ -42,7 +42,11 @@ RATE = functools.partial(schedules.cosine, peak=0.05, steps=10, warmup=2)
 def draw(seed, scale=1.0):
   rng = np.random.default_rng(seed)
   shape = lambda names: tuple(SIZES[n] for n in names)
-  return jax.tree.map(lambda n: jnp.asarray(scale * rng.normal(size=shape(n)), jnp.float32), AXES, is_leaf=tree.is_names)
+  return jax.tree.map(
+    lambda n: jnp.asarray(scale * rng.normal(size=shape(n)), jnp.float32),
+    AXES,
+    is_leaf=tree.is_names,
+  )
 
 
 PARAMS = draw(0)
@@ -65,11 +69,16 @@ def assert_close(a, b, **kw):
 
 
 OPTAX = dict(
-  adamw=(rules.adamw, lambda mask: optax.adamw(RATE, b1=0.9, b2=0.95, eps=1e-8, weight_decay=0.1, mask=mask)),
+  adamw=(
+    rules.adamw,
+    lambda mask: optax.adamw(RATE, b1=0.9, b2=0.95, eps=1e-8, weight_decay=0.1, mask=mask),
+  ),
   lion=(rules.lion, lambda mask: optax.lion(RATE, b1=0.9, b2=0.99, weight_decay=0.1, mask=mask)),
   sgd=(
     rules.sgd,
-    lambda mask: optax.chain(optax.trace(0.9), optax.add_decayed_weights(0.1, mask), optax.scale_by_learning_rate(RATE)),
+    lambda mask: optax.chain(
+      optax.trace(0.9), optax.add_decayed_weights(0.1, mask), optax.scale_by_learning_rate(RATE)
+    ),
   ),
 )
 
@@ -80,7 +89,10 @@ def test_optax(name, scale):
   rule, theirs = OPTAX[name]
   mask = {
     'embedding': {'table': False},
-    'decoder': {'layers': {'q': True, 'q_bias': False, 'up': True, 'scale': False}, 'buckets': False},
+    'decoder': {
+      'layers': {'q': True, 'q_bias': False, 'up': True, 'scale': False},
+      'buckets': False,
+    },
     'head': {'w': True},
   }
   expected, _ = run(optax.chain(optax.clip_by_global_norm(1.0), theirs(mask)), scale=scale)
@@ -88,23 +100,41 @@ def test_optax(name, scale):
   assert_close(got, expected, rtol=1e-5, atol=1e-6)
 
 
-@pytest.mark.parametrize('decayed, expected', [(chain.everything, 7), (chain.matrices, 5), (chain.hidden_matrices, 3)])
+@pytest.mark.parametrize(
+  'decayed, expected', [(chain.everything, 7), (chain.matrices, 5), (chain.hidden_matrices, 3)]
+)
 def test_masks_by_axis_name(decayed, expected):
-  chosen = {path for path, names in tree.flatten(AXES, is_leaf=tree.is_names).items() if decayed(names)}
+  chosen = {
+    path for path, names in tree.flatten(AXES, is_leaf=tree.is_names).items() if decayed(names)
+  }
   tx = chain.make(AXES, rule=rules.sgd, schedule=RATE, weight_decay=0.5, decayed=decayed)
-  updates, _ = tx.update(jax.tree.map(jnp.zeros_like, PARAMS), tx.init(PARAMS), PARAMS)
+  updates, _ = jax.jit(tx.update)(
+    jax.tree.map(jnp.zeros_like, PARAMS), jax.jit(tx.init)(PARAMS), PARAMS
+  )
   assert {path for path, u in tree.flatten(updates).items() if np.any(u)} == chosen
   assert len(chosen) == expected
 
 
 @pytest.mark.parametrize('name', ['adamw', 't5'])
 def test_multipliers_scale_the_learning_rate(name):
-  slow, _ = run(chain.make(AXES, rule=RULES[name], schedule=RATE, multipliers=(('layers/q', 0.25), ('head|layers', 0.5))), steps=1)
+  slow, _ = run(
+    chain.make(
+      AXES, rule=RULES[name], schedule=RATE, multipliers=(('layers/q', 0.25), ('head|layers', 0.5))
+    ),
+    steps=1,
+  )
   plain, _ = run(chain.make(AXES, rule=RULES[name], schedule=RATE), steps=1)
   moved = lambda after: tree.flatten(jax.tree.map(jnp.subtract, after, PARAMS))
-  factor = {'embedding/table': 1, 'decoder/buckets': 1, 'decoder/layers/q': 0.25, 'decoder/layers/q_bias': 0.25}
+  factor = {
+    'embedding/table': 1,
+    'decoder/buckets': 1,
+    'decoder/layers/q': 0.25,
+    'decoder/layers/q_bias': 0.25,
+  }
   for path, step in moved(plain).items():
-    np.testing.assert_allclose(moved(slow)[path], factor.get(path, 0.5) * step, rtol=1e-3, atol=1e-6)
+    np.testing.assert_allclose(
+      moved(slow)[path], factor.get(path, 0.5) * step, rtol=1e-3, atol=1e-6
+    )
 
 
 def test_learning_rate_of_the_last_update():
@@ -120,11 +150,13 @@ def test_average_in_closed_form():
   """After n updates: d^n p_0 + (1 - d) sum_i d^(n - i) p_i."""
   tx, d = chain.make(AXES, rule=rules.sgd, schedule=RATE, ema=0.992), 0.992
   update = jax.jit(tx.update)
-  path, state = [PARAMS], tx.init(PARAMS)
+  path, state = [PARAMS], jax.jit(tx.init)(PARAMS)
   for i in range(4):
     updates, state = update(draw(1 + i), state, path[-1])
     path.append(optax.apply_updates(path[-1], updates))
-  expected = jax.tree.map(lambda *p: d**4 * p[0] + (1 - d) * sum(d ** (4 - i) * p[i] for i in range(1, 5)), *path)
+  expected = jax.tree.map(
+    lambda *p: d**4 * p[0] + (1 - d) * sum(d ** (4 - i) * p[i] for i in range(1, 5)), *path
+  )
   assert_close(optax.tree_utils.tree_get(state, 'ema'), expected, rtol=1e-5, atol=1e-6)
   assert optax.tree_utils.tree_get(chain.make(AXES).init(PARAMS), 'ema') is None
 
@@ -139,16 +171,27 @@ def test_axes_name_every_leaf_of_the_state(name, ema, trainable):
   names = tx.axes(params)
   assert jax.tree.structure(names, is_leaf=tree.is_names) == jax.tree.structure(state)
   jax.tree.map(lambda s, n: len(s.shape) == len(n) or pytest.fail(f'{s.shape} {n}'), state, names)
-  jax.tree.map(lambda s, n: s.shape == tuple(SIZES[i] for i in n) or pytest.fail(f'{s.shape} {n}'), state, names)
+  jax.tree.map(
+    lambda s, n: s.shape == tuple(SIZES[i] for i in n) or pytest.fail(f'{s.shape} {n}'),
+    state,
+    names,
+  )
   after = jax.eval_shape(tx.update, params, state, params)
-  assert jax.tree.map(lambda x: (x.shape, x.dtype), after) == jax.tree.map(lambda x: (x.shape, x.dtype), (params, state))
+  assert jax.tree.map(lambda x: (x.shape, x.dtype), after) == jax.tree.map(
+    lambda x: (x.shape, x.dtype), (params, state)
+  )
 
 
 def test_only_the_trained_part_moves():
   part, _ = tree.split(PARAMS, tree.select(PARAMS, 'layers'))
   grads = lambda seed, scale: tree.split(draw(seed, scale), tree.select(PARAMS, 'layers'))[0]
-  for name in RULES:
-    after, state = run(chain.make(AXES, rule=RULES[name], schedule=RATE, weight_decay=0.1), params=part, grads=grads, steps=2)
+  for name in ('adamw', 't5', 'palm'):
+    after, state = run(
+      chain.make(AXES, rule=RULES[name], schedule=RATE, weight_decay=0.1),
+      params=part,
+      grads=grads,
+      steps=2,
+    )
     assert set(tree.flatten(after)) == {p for p in tree.flatten(PARAMS) if 'layers' in p}
     assert tree.count(state) <= 2 * tree.count(part) + 3
 
@@ -173,11 +216,19 @@ def test_175b_needs_no_memory_to_plan():
     'up': ('layers', 'embed', 'ffn'),
     'down': ('layers', 'ffn', 'embed'),
   }
-  params = jax.tree.map(lambda n: jax.ShapeDtypeStruct(tuple(sizes[i] for i in n), jnp.float32), axes, is_leaf=tree.is_names)
-  adam, t5 = (jax.eval_shape(chain.make(axes, rule=RULES[name]).init, params) for name in ('adamw', 't5'))
+  params = jax.tree.map(
+    lambda n: jax.ShapeDtypeStruct(tuple(sizes[i] for i in n), jnp.float32),
+    axes,
+    is_leaf=tree.is_names,
+  )
+  adam, t5 = (
+    jax.eval_shape(chain.make(axes, rule=RULES[name]).init, params) for name in ('adamw', 't5')
+  )
   assert tree.count(adam) == 2 * tree.count(params) + 3
   assert tree.count(t5) == sum(((50304 + 12288), 96 * 2 * 12288, 2 * 96 * (12288 + 49152))) + 3
-  assert jax.tree.structure(chain.make(axes, rule=RULES['t5']).axes(params), is_leaf=tree.is_names) == jax.tree.structure(t5)
+  assert jax.tree.structure(
+    chain.make(axes, rule=RULES['t5']).axes(params), is_leaf=tree.is_names
+  ) == jax.tree.structure(t5)
 
 
 @pytest.mark.parametrize('explicit', [False, True])
@@ -190,7 +241,9 @@ def test_devices(name, zero, explicit):
   table = getattr(mesh, zero)
   with jax.set_mesh(mesh.make(data=2, fsdp=2, tensor=2, explicit=explicit)), mesh.rules(**table):
     state = jax.eval_shape(tx.init, PARAMS)
-    where = dict(params=mesh.shardings(AXES, PARAMS), state=mesh.shardings(tx.axes(PARAMS), state, 'optimizer'))
+    where = dict(
+      params=mesh.shardings(AXES, PARAMS), state=mesh.shardings(tx.axes(PARAMS), state, 'optimizer')
+    )
     params = jax.device_put(PARAMS, where['params'])
     state = jax.jit(tx.init, out_shardings=where['state'])(params)
 
@@ -214,7 +267,10 @@ def test_devices(name, zero, explicit):
     (dict(ema=1.0), 'None for no average'),
     (dict(multipliers=(('decoder/layer/', 0.1),)), 'matches no parameter'),
     (dict(multipliers=((0.5, 'head'),)), 'multipliers read'),
-    (dict(schedule=functools.partial(schedules.cosine, peak=0.1, steps=5, warmup=9)), 'lower warmup'),
+    (
+      dict(schedule=functools.partial(schedules.cosine, peak=0.1, steps=5, warmup=9)),
+      'lower warmup',
+    ),
   ],
 )
 def test_nonsense_is_refused_before_the_first_step(kw, remedy):
@@ -232,12 +288,22 @@ def test_a_parameter_without_names_is_named():
 
 def test_from_a_config():
   config = use(
-    chain.make, rule=use(adafactor, min_factored=4), schedule=use(schedules.rsqrt, hold=3), weight_decay=1.0, decay=use(chain.squared)
+    chain.make,
+    rule=use(adafactor, min_factored=4),
+    schedule=use(schedules.rsqrt, hold=3),
+    weight_decay=1.0,
+    decay=use(chain.squared),
   )
   assert config.decayed.fn.endswith('hidden_matrices') and config.schedule.peak == 0.01
   after, state = run(build(config)(AXES))
   expected, _ = run(
-    chain.make(AXES, rule=RULES['t5'], schedule=functools.partial(schedules.rsqrt, hold=3), weight_decay=1.0, decay=chain.squared)
+    chain.make(
+      AXES,
+      rule=RULES['t5'],
+      schedule=functools.partial(schedules.rsqrt, hold=3),
+      weight_decay=1.0,
+      decay=chain.squared,
+    )
   )
   assert_close(after, expected, rtol=0)
   assert int(state.count) == 4

@@ -36,7 +36,9 @@ def test_t5x_warms_up_and_decays_by_one_length():
 def test_cosine_is_optax(warmup):
   steps = np.arange(warmup, 130)
   expected = optax.cosine_decay_schedule(3e-4, 100 - warmup, alpha=0.1)(steps - warmup)
-  np.testing.assert_allclose(at(schedules.cosine, steps, peak=3e-4, steps=100, warmup=warmup), expected, rtol=1e-5)
+  np.testing.assert_allclose(
+    at(schedules.cosine, steps, peak=3e-4, steps=100, warmup=warmup), expected, rtol=1e-5
+  )
 
 
 def test_linear_is_optax():
@@ -68,7 +70,9 @@ def test_decays_end_at_ten_percent_and_stay(name):
 
 
 def test_wsd_is_stable_then_a_line():
-  rates = at(schedules.wsd, [10, 79, 80, 90, 100], peak=1.0, steps=100, decay=20, warmup=10, floor=0.0)
+  rates = at(
+    schedules.wsd, [10, 79, 80, 90, 100], peak=1.0, steps=100, decay=20, warmup=10, floor=0.0
+  )
   np.testing.assert_allclose(rates, [1, 1, 1, 0.5, 0], atol=1e-6)
 
 
@@ -110,7 +114,10 @@ def test_tokens_are_updates_times_their_size():
     (lambda: schedules.manual(0, points=((5, 1.0), (5, 2.0))), 'sort them'),
     (lambda: schedules.manual(0, points=()), 'points='),
     (lambda: schedules.cooldown(0, schedule=schedules.rsqrt, steps=10, length=11), 'length <= 10'),
-    (lambda: schedules.in_tokens(0, schedule=schedules.rsqrt, tokens_per_step=0), 'batch times length'),
+    (
+      lambda: schedules.in_tokens(0, schedule=schedules.rsqrt, tokens_per_step=0),
+      'batch times length',
+    ),
   ],
 )
 def test_nonsense_is_refused(call, remedy):
@@ -119,5 +126,7 @@ def test_nonsense_is_refused(call, remedy):
 
 
 def test_from_a_config():
-  schedule = build(use(schedules.cooldown, schedule=use(schedules.rsqrt, hold=10), steps=100, length=10))
+  schedule = build(
+    use(schedules.cooldown, schedule=use(schedules.rsqrt, hold=10), steps=100, length=10)
+  )
   assert float(schedule(40)) == pytest.approx(0.005)

@@ -160,18 +160,15 @@ def test_fsdp_gathers_weights_and_reduces_gradients():
 def test_tensor_parallel_forward_has_two_reductions_a_layer():
   """Shoeybi et al. 2019 (Megatron-LM): one after attention, one after the feed-forward."""
   found = collectives(dict(data=1, tensor=4), forward=True)
-  assert found['all-reduce'] == 2 * LAYERS + EMBEDDING_REDUCTIONS
+  assert found['all-reduce'] == 2 * LAYERS
   assert not found['all-to-all']
-
-
-EMBEDDING_REDUCTIONS = 1  # looking up a table whose rows are split sums one row and zeros
 
 
 def test_a_width_that_does_not_divide_is_named():
   with jax.set_mesh(mesh.make(data=1, fsdp=1, tensor=8)), mesh.rules(**mesh.ZERO3), pytest.raises(UserError) as e:
     m = model()
     state_lib.layout(m, optimizer(m, 'adamw'))
-  assert "'heads' of size 4 does not divide" in str(e.value) and '--config.axes.weights.heads' in str(e.value)
+  assert "'groups' of size 4 does not divide" in str(e.value) and '--config.axes.weights.groups' in str(e.value)
 
 
 def test_a_batch_that_does_not_divide_is_named():

@@ -1,0 +1,144 @@
+"""Runners, patterns, segments and remat: one function, however it is executed."""
+
+import functools
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from llm_jax.core import mesh, tree
+from llm_jax.core.errors import UserError
+from llm_jax.model import ffn, norms, stack
+
+P = functools.partial
+
+
+def value_and_grad(model, params, batch, rng=None):
+  def loss(params):
+    x, _, _ = model.hidden(params, batch, rng=rng)
+    return jnp.sin(model.logits(params, x)).mean()
+
+  return jax.jit(jax.value_and_grad(loss))(params)
+
+
+def same(a, b, atol=1e-6):
+  jax.tree.map(lambda x, y: np.testing.assert_allclose(x, y, rtol=1e-4, atol=atol), a, b)
+
+
+@pytest.mark.parametrize('runner', [stack.scan, stack.loop])
+@pytest.mark.parametrize('remat', ['none', 'full', 'dots', 'names'])
+def test_runners_and_remat_policies_agree(tiny, ids, runner, remat):
+  make = lambda r: tiny.causal(
+    feed=P(ffn.Gated, hidden=24, dropout=0.2), blocks=dict(dropout=0.2), runner=r, layers=3
+  )
+  base = make(stack.scan)
+  params, batch, rng = tiny.large(base), dict(inputs=ids), jax.random.key(3)
+  want = value_and_grad(base, params, batch, rng)
+  same(value_and_grad(make(P(runner, remat=remat)), params, batch, rng), want)
+
+
+def test_patterns_and_segments_are_layers_in_order(tiny, ids):
+  thin, wide = tiny.block(), tiny.block(feed=P(ffn.MLP, hidden=8))
+  for runner in (stack.scan, stack.loop):
+    make = P(tiny.causal.__globals__['transformer'].causal, vocab=tiny.VOCAB, embed=tiny.EMBED)
+    pattern = make(layers=4, block=(thin, wide), runner=runner)
+    parts = make(layers=(1, 1, 1, 1), block=(thin, wide, thin, wide), runner=runner)
+    params = tiny.large(pattern)
+    blocks = params['decoder']['layers']
+    assert blocks['block_0']['mixer']['query'].shape[0] == 2
+    pick = lambda i: {'block_0': jax.tree.map(lambda x: x[i // 2][None], blocks[f'block_{i % 2}'])}
+    split = {'layers': pick(0), **{f'layers_{i}': pick(i) for i in (1, 2, 3)}}
+    split = {**params, 'decoder': {**split, 'norm': params['decoder']['norm']}}
+    a = tiny.forward(pattern)(params, dict(inputs=ids))
+    np.testing.assert_allclose(a, tiny.forward(parts)(split, dict(inputs=ids)), atol=1e-5)
+    np.testing.assert_array_equal(
+      jax.tree.structure(parts.axes), jax.tree.structure(parts.axes)
+    )
+
+
+def test_a_mixed_stack_decodes(tiny, ids):
+  make = tiny.causal.__globals__['transformer'].causal
+  mixed = (tiny.block(), (tiny.block(dict(groups=2)), tiny.block(dict(groups=1))))
+  for runner in (stack.scan, stack.loop):
+    model = make(vocab=tiny.VOCAB, embed=tiny.EMBED, layers=(1, 4), block=mixed, runner=runner)
+    params = tiny.large(model)
+    states = model.states(params, dict(inputs=ids), tiny.LENGTH)
+    rows = jnp.broadcast_to(jnp.arange(tiny.LENGTH), ids.shape)
+    x, after, _ = model.hidden(params, dict(inputs=ids, positions=rows), states=states)
+    np.testing.assert_allclose(x, model.hidden(params, dict(inputs=ids)).x, atol=1e-5)
+    assert jax.tree.structure(after) == jax.tree.structure(states)
+    jax.tree.map(lambda a, b: np.testing.assert_array_equal(a.shape, b.shape), after, states)
+    assert after['layers_1']['block_1']['mixer']['k'].shape == (2, 3, tiny.LENGTH, 1, 4)
+
+
+def test_the_scanned_program_does_not_grow_with_depth(tiny, ids):
+  def size(layers):
+    model = tiny.causal(layers=layers)
+    shapes = jax.eval_shape(model.init, jax.random.key(0))
+    grad = jax.grad(lambda p: model.hidden(p, dict(inputs=ids)).x.sum())
+    return len(jax.jit(grad).lower(shapes).as_text().splitlines())
+
+  assert size(4) == size(16)
+
+
+def test_the_loop_adds_up_no_padded_gradients(tiny, ids):
+  """Slicing a stacked weight L times would give L gradients of L layers each; here they are stacked once."""
+
+  def temporary(layers):
+    model = tiny.causal(layers=layers, runner=stack.loop)
+    shapes = jax.eval_shape(model.init, jax.random.key(0))
+    grad = jax.grad(lambda p: model.hidden(p, dict(inputs=ids)).x.sum())
+    text = jax.jit(grad).lower(shapes).as_text()
+    return text.count('stablehlo.pad'), text.count('stablehlo.concatenate'), len(text)
+
+  small, big = temporary(2), temporary(8)
+  assert big[0] == small[0]  # no zero-padded gradient per layer
+  assert big[2] < 4.4 * small[2]  # the program grows linearly
+
+
+def test_each_layer_has_its_own_dropout_key(tiny, ids):
+  """With the sublayers silenced but for dropout on one path, equal layers must not drop alike."""
+  seen = []
+
+  def record(apply, params, x, states, repeats):
+    for i in range(repeats):
+      x, _, _ = apply(jax.tree.map(lambda p, i=i: p[0], params), x, None, i)
+      seen.append(x)
+    return x, None, {}
+
+  model = tiny.causal(blocks=dict(dropout=0.5), runner=record)
+  model.hidden(tiny.large(model), dict(inputs=ids), rng=jax.random.key(0))
+  before = np.asarray(seen[0] != 0)
+  first = np.asarray(seen[1] == seen[0])  # entries both sublayers dropped in the second layer
+  assert 0.15 < first.mean() < 0.35 and before.all()
+
+
+def test_topologies_in_a_block(tiny, ids):
+  """post and parallel blocks written out with the block's own parts."""
+  for residual in (norms.pre, norms.post, norms.sandwich, norms.parallel):
+    model = tiny.causal(blocks=dict(residual=residual), layers=1, norm=None)
+    params = tiny.large(model)
+    names = {n.split('/')[3] for n in tree.flatten(params) if 'norm' in n}
+    want = dict(
+      pre={'mixer_norm', 'ffn_norm'},
+      post={'mixer_norm', 'ffn_norm'},
+      sandwich={'mixer_norm', 'mixer_out_norm', 'ffn_norm', 'ffn_out_norm'},
+      parallel={'norm'},
+    )
+    assert names == want[residual.__name__]
+    assert np.isfinite(tiny.forward(model)(params, dict(inputs=ids))).all()
+
+
+def test_wrong_stacks_name_the_remedy(tiny):
+  with pytest.raises(UserError, match='pattern of 2'):
+    stack.segments(3, (tiny.block(), tiny.block()))
+  with pytest.raises(UserError, match='2 segments'):
+    stack.segments((1, 2), tiny.block())
+  with pytest.raises(UserError, match="did you mean 'full'"):
+    stack.scan(None, {}, None, None, 1, remat='ful')
+
+
+def test_an_unknown_axis_name_is_an_error():
+  with pytest.raises(KeyError, match='embed'):
+    mesh.spec('embd', 'heads')

@@ -1,0 +1,378 @@
+"""Whole models: what may depend on what, decoding, packing, precision, initialisation."""
+
+import functools
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from llm_jax.core import tree
+from llm_jax.core.config import build, use
+from llm_jax.core.errors import UserError
+from llm_jax.model import (
+  attention,
+  block,
+  ffn,
+  heads,
+  init,
+  kernels,
+  norms,
+  positions,
+  stack,
+  transformer,
+)
+
+P = functools.partial
+VARIANTS = dict(
+  rope={},
+  interleaved=dict(mixer=dict(rotate=P(positions.rope_interleaved, fraction=0.5))),
+  gqa=dict(mixer=dict(groups=2)),
+  mqa=dict(mixer=dict(groups=1, cap=5.0)),
+  blocked=dict(mixer=dict(kernel=kernels.blocked)),
+  learned=dict(
+    mixer=dict(rotate=None, bias=True, kernel=kernels.dot_product),
+    feed=P(ffn.MLP, hidden=24, bias=True),
+    blocks=dict(norm=norms.LayerNorm, residual=norms.post),
+    norm=None,
+    positions=positions.Learned,
+    head=heads.Untied,
+  ),
+  sinusoidal=dict(
+    mixer=dict(rotate=None),
+    positions=positions.Sinusoidal,
+    embedding=P(heads.Embedding, scaled=True),
+    blocks=dict(residual=norms.sandwich),
+  ),
+  alibi=dict(mixer=dict(rotate=None), bias=positions.Alibi, blocks=dict(residual=norms.parallel)),
+  buckets=dict(mixer=dict(rotate=None), bias=P(positions.Buckets, buckets=8, distance=10)),
+  loop=dict(runner=stack.loop, vocab_multiple=64),
+)
+every = pytest.mark.parametrize('name', VARIANTS)
+
+
+@functools.cache
+def _model(causal, name):
+  return causal(**VARIANTS[name])
+
+
+@pytest.fixture
+def model(tiny, name):
+  return _model(tiny.causal, name)
+
+
+def change(ids, t):
+  return ids.at[:, t].set(jnp.where(ids[:, t] == 7, 8, 7))
+
+
+@every
+def test_no_output_sees_a_later_token(tiny, ids, model, name):
+  f, params = tiny.forward(model), tiny.large(model)
+  for t in (1, 6, tiny.LENGTH - 1):
+    a, b = f(params, dict(inputs=ids)), f(params, dict(inputs=change(ids, t)))
+    np.testing.assert_array_equal(a[:, :t], b[:, :t])
+    assert (np.abs(a[:, t:] - b[:, t:]).max((0, 2)) > 1e-4).all()
+
+
+@every
+def test_packed_documents_are_separate_documents(tiny, ids, model, name):
+  f, params = tiny.forward(model), tiny.large(model)
+  cut, end = 5, 10  # two documents and padding
+  segments = jnp.array([[1] * cut + [2] * (end - cut) + [0] * (tiny.LENGTH - end)] * 3)
+  where = jnp.array([[*range(cut), *range(end - cut), *([0] * (tiny.LENGTH - end))]] * 3)
+  batch = dict(inputs=ids, segments=segments, positions=where)
+  packed = f(params, batch)
+  first, second = f(params, dict(inputs=ids[:, :cut])), f(params, dict(inputs=ids[:, cut:end]))
+  np.testing.assert_allclose(packed[:, :cut], first, atol=2e-5)
+  np.testing.assert_allclose(packed[:, cut:end], second, atol=2e-5)
+  other = f(params, dict(batch, inputs=change(ids, tiny.LENGTH - 1)))
+  np.testing.assert_array_equal(packed[:, :end], other[:, :end])
+
+
+def decode(model, params, ids, chunks, batch=None, lengths=None):
+  """Logits of `ids` fed in chunks of these sizes."""
+  states, out, start = model.states(params, dict(batch or {}, inputs=ids), ids.shape[1]), [], 0
+  step = jax.jit(lambda params, b, s: model.hidden(params, b, states=s))
+  for n in chunks:
+    rows = jnp.broadcast_to(jnp.arange(start, start + n), (ids.shape[0], n))
+    told = dict(inputs=ids[:, start : start + n], positions=rows)
+    x, states, _ = step(params, told, states)
+    out.append(model.logits(params, x))
+    start += n
+  return jnp.concatenate(out, 1)
+
+
+@every
+def test_with_a_state_is_without(tiny, ids, model, name):
+  params = tiny.large(model)
+  full = tiny.forward(model)(params, dict(inputs=ids))
+  for chunks in ([1] * tiny.LENGTH, [7, 1, 4]):
+    np.testing.assert_allclose(decode(model, params, ids, chunks), full, atol=3e-5)
+
+
+@every
+def test_ragged_prompts_are_single_prompts(tiny, ids, model, name):
+  params, lengths = tiny.large(model), np.array([3, 6, 5])
+  step = jax.jit(lambda b, s: model.hidden(params, b, states=s))
+  states = model.states(params, dict(inputs=ids), tiny.LENGTH)
+  prompt = jnp.where(jnp.arange(6) < lengths[:, None], ids[:, :6], 0)
+  where = jnp.broadcast_to(jnp.arange(6), (3, 6))
+  x, states, _ = step(dict(inputs=prompt, positions=where), states)
+  got = [[x[i, n - 1]] for i, n in enumerate(lengths)]
+  for j in range(2):
+    at = jnp.asarray(lengths + j)[:, None]
+    x, states, _ = step(dict(inputs=jnp.take_along_axis(ids, at, 1), positions=at), states)
+    for i in range(3):
+      got[i].append(x[i, 0])
+  for i, n in enumerate(lengths):
+    alone = model.hidden(params, dict(inputs=ids[i : i + 1, : n + 2])).x[0]
+    np.testing.assert_allclose(jnp.stack(got[i]), alone[n - 1 :], atol=3e-5)
+
+
+@every
+def test_bf16_is_close_and_gradients_are_finite(tiny, ids, model, name):
+  low = tiny.causal(**VARIANTS[name], dtype='bfloat16')
+  params = model.init(jax.random.key(0))
+  x, _, _ = low.hidden(params, dict(inputs=ids))
+  logits = low.logits(params, x)
+  assert x.dtype == jnp.bfloat16 and logits.dtype == jnp.float32
+  want = tiny.forward(model)(params, dict(inputs=ids))
+  assert np.abs(logits - want)[..., : tiny.VOCAB].max() < 0.05 * max(1.0, float(want.std()))
+  loss = lambda p: jax.nn.log_softmax(low.logits(p, low.hidden(p, dict(inputs=ids)).x))[..., 3].mean()
+  grads = jax.jit(jax.grad(loss))(params)
+  for path, g in tree.flatten(grads).items():
+    assert g.dtype == jnp.float32 and np.isfinite(g).all(), path
+    assert np.abs(g).max() > 0 or 'key_bias' in path, path  # softmax ignores a constant
+
+
+@every
+def test_every_parameter_names_every_axis(tiny, model, name):
+  params = model.init(jax.random.key(0))
+  axes = tree.flatten(model.axes, is_leaf=lambda x: isinstance(x, tuple))
+  flat = tree.flatten(params)
+  assert list(flat) == list(axes)
+  assert all(len(axes[n]) == x.ndim and x.dtype == jnp.float32 for n, x in flat.items())
+  assert all(('layers' == axes[n][0]) == ('/layers' in n) for n in flat)
+
+
+def test_the_gradient_of_an_output_stops_at_its_token(tiny):
+  model = tiny.causal()
+  params = tiny.large(model)
+  vectors = jax.random.normal(jax.random.key(1), (tiny.LENGTH, tiny.EMBED))
+
+  def last(vectors):  # each position reads a row of its own
+    table = jnp.zeros((tiny.VOCAB, tiny.EMBED)).at[: tiny.LENGTH].set(vectors)
+    told = {**params, 'embedding': dict(table=table)}
+    return model.hidden(told, dict(inputs=jnp.arange(tiny.LENGTH)[None])).x[0, 6].sum()
+
+  g = np.abs(jax.grad(last)(vectors)).sum(-1)
+  assert (g[:7] > 0).all() and (g[7:] == 0).all()
+
+
+def test_a_prefix_is_seen_by_all_and_seals_nothing_else(tiny, ids):
+  model = tiny.causal(kind=transformer.prefix)
+  params, f = tiny.large(model), tiny.forward(model)
+  seen = jnp.arange(tiny.LENGTH)[None] < jnp.array([[5], [0], [tiny.LENGTH]])
+  batch = lambda x: dict(inputs=x, prefix=seen)
+  a = f(params, batch(ids))
+  moved = lambda t: np.abs(f(params, batch(change(ids, t))) - a).max(-1) > 1e-5
+  four, five = moved(4), moved(5)
+  assert four[0].all() and not five[0, :5].any() and five[0, 5:].all()
+  assert not four[1, :4].any() and four[1, 4:].all() and five[2].all()
+  causal = tiny.forward(tiny.causal())(params, dict(inputs=ids))
+  np.testing.assert_allclose(f(params, dict(inputs=ids)), causal, atol=1e-6)
+  np.testing.assert_allclose(a[1], causal[1], atol=1e-6)
+
+
+def test_prefix_decoding(tiny, ids):
+  model = tiny.causal(kind=transformer.prefix, bias=positions.Buckets, mixer=dict(rotate=None))
+  params, p = tiny.large(model), 5
+  seen = jnp.arange(tiny.LENGTH)[None].repeat(3, 0) < p
+  full = tiny.forward(model)(params, dict(inputs=ids, prefix=seen))
+  states, out = model.states(params, dict(inputs=ids), tiny.LENGTH), []
+  for start, n in ((0, p), *((i, 1) for i in range(p, tiny.LENGTH))):
+    rows = jnp.broadcast_to(jnp.arange(start, start + n), (3, n))
+    given = seen if start else seen[:, :p]  # slots that are not named are not in the prefix
+    told = dict(inputs=ids[:, start : start + n], positions=rows, prefix=given)
+    x, states, _ = model.hidden(params, told, states=states)
+    out.append(model.logits(params, x))
+  np.testing.assert_allclose(jnp.concatenate(out, 1), full, atol=3e-5)
+
+
+def test_encoder_decoder(tiny, ids):
+  model = tiny.t5()
+  params, f = tiny.large(model), tiny.forward(model)
+  read = ids[:, :9]
+  seen = jnp.arange(9)[None] < jnp.array([[9], [4], [6]])
+  source = {'encoder/inputs': read, 'encoder/segments': seen.astype(jnp.int32)}
+  full = f(params, dict(source, inputs=ids))
+  # causal in its own tokens, open to all of the input, closed to the padding of the input
+  np.testing.assert_array_equal(full[:, :6], f(params, dict(source, inputs=change(ids, 6)))[:, :6])
+  other = f(params, {**source, 'encoder/inputs': change(read, 3), 'inputs': ids})
+  assert (np.abs(full - other).max((0, 2)) > 1e-5).all()
+  other = f(params, {**source, 'encoder/inputs': change(read, 8), 'inputs': ids})
+  np.testing.assert_array_equal(full[1:], other[1:])
+  np.testing.assert_allclose(
+    full[1], f(params, {'encoder/inputs': read[1:2, :4], 'inputs': ids[1:2]})[0], atol=2e-5
+  )
+  for chunks in ([1] * tiny.LENGTH, [5, 7]):
+    np.testing.assert_allclose(decode(model, params, ids, chunks, source), full, atol=3e-5)
+  states = model.states(params, dict(source, inputs=ids), tiny.LENGTH)
+  assert all(x.shape[:2] == (2, 3) for x in jax.tree.leaves(states))
+
+
+def test_packed_encoder_decoder(tiny, ids):
+  model = tiny.t5()
+  params, f = tiny.large(model), tiny.forward(model)
+  segments = jnp.array([[1] * 5 + [2] * 7] * 3)
+  encoder = jnp.array([[1] * 4 + [2] * 6 + [0] * 2] * 3)
+  read = ids[:, ::-1]
+  packed = f(
+    params,
+    {'inputs': ids, 'segments': segments, 'encoder/inputs': read, 'encoder/segments': encoder},
+  )
+  first = f(params, {'inputs': ids[:, :5], 'encoder/inputs': read[:, :4]})
+  second = f(params, {'inputs': ids[:, 5:], 'encoder/inputs': read[:, 4:10]})
+  np.testing.assert_allclose(packed, jnp.concatenate([first, second], 1), atol=3e-5)
+
+
+def test_dropout_follows_the_key(tiny, ids):
+  model = tiny.causal(
+    mixer=dict(dropout=0.2),
+    feed=P(ffn.Gated, hidden=24, dropout=0.2),
+    blocks=dict(dropout=0.2),
+    embedding=P(heads.Embedding, dropout=0.2),
+  )
+  params = tiny.large(model)
+  x = lambda key: model.hidden(params, dict(inputs=ids), rng=key).x
+  one, two = jax.random.key(1), jax.random.key(2)
+  np.testing.assert_array_equal(x(None), tiny.causal().hidden(params, dict(inputs=ids)).x)
+  np.testing.assert_array_equal(x(one), x(one))
+  assert np.abs(x(one) - x(two)).max() > 0.1
+
+
+def test_embedding_gradient_is_scaled_exactly(tiny, ids):
+  # untied, so that all of the table's gradient comes through the lookup
+  make = lambda a: tiny.causal(head=heads.Untied, embedding=P(heads.Embedding, gradient=a))
+  model = make(1.0)
+  params = tiny.large(model)
+  loss = lambda m: lambda p: jnp.sin(m.logits(p, m.hidden(p, dict(inputs=ids)).x)).sum()
+  (a, ga), (b, gb) = (jax.value_and_grad(loss(make(x)))(params) for x in (1.0, 0.1))
+  np.testing.assert_allclose(a, b, rtol=1e-5)
+  ga, gb = tree.flatten(ga), tree.flatten(gb)
+  for path in ga:
+    factor = 0.1 if path == 'embedding/table' else 1.0
+    np.testing.assert_allclose(gb[path], factor * ga[path], rtol=1e-3, atol=1e-6)
+
+
+def test_heads(tiny, ids):
+  x = jax.random.normal(jax.random.key(0), (2, 3, 8))
+  w = jax.random.normal(jax.random.key(1), (8, 5))
+  plain = heads.Untied().apply({'params': dict(w=w)}, x, 5, None)
+  np.testing.assert_allclose(plain, np.asarray(x) @ np.asarray(w), atol=1e-5)
+  tied = heads.Tied(scaled=True, cap=2.0).apply({}, x, 5, w.T)
+  np.testing.assert_allclose(tied, 2 * np.tanh(plain / 8**0.5 / 2), atol=1e-5)
+
+
+@pytest.mark.parametrize('head', [heads.Tied, heads.Untied])
+def test_rows_that_pad_the_vocabulary_have_no_probability(tiny, ids, head):
+  model = tiny.causal(head=head, vocab_multiple=32)
+  params = model.init(jax.random.key(0))
+  logits = tiny.forward(model)(params, dict(inputs=ids))
+  assert logits.shape[-1] == 64 == model.card.rows and model.card.vocab == tiny.VOCAB
+  p = jax.nn.softmax(logits)
+  assert (p[..., tiny.VOCAB :] == 0).all()
+  assert np.isfinite(p * jax.nn.log_softmax(logits)).all()  # entropies stay finite
+  x = model.hidden(params, dict(inputs=ids)).x
+  np.testing.assert_array_equal(model.logits(model.head(params), x), model.logits(params, x))
+
+
+def std(params):
+  return {n: float(x.std()) for n, x in tree.flatten(params).items()}
+
+
+def near(found, **want):
+  for path, value in want.items():
+    match = [n for n in found if n.endswith(path.replace('__', '/'))]
+    assert match, path
+    for n in match:
+      assert abs(found[n] / value - 1) < 0.12, (n, found[n], value)
+
+
+def test_initial_deviations_per_tensor():
+  sizes = dict(vocab=300, embed=64, layers=4, length=64)
+  mixer = P(attention.SelfAttention, heads=4, head_dim=24)
+  gated = P(block.decoder, mixer=mixer, ffn=P(ffn.Gated, hidden=160))
+  learned = dict(positions=positions.Learned, head=heads.Untied)
+  make = lambda **kw: std(transformer.causal(**sizes, **kw, block=gated).init(jax.random.key(0)))
+  inner = (2 * 4) ** -0.5
+  near(
+    make(init=init.gpt2, **learned),
+    embedding__table=0.02, positions__table=0.02, head__w=0.02, query=0.02, key=0.02, value=0.02,
+    gate=0.02, up=0.02, out=0.02 * inner, down=0.02 * inner,
+  )  # fmt: skip
+  near(
+    make(init=init.palm),
+    embedding__table=1.0, query=1 / 8, key=1 / 8, value=1 / 8, gate=1 / 8, up=1 / 8,
+    out=96**-0.5, down=160**-0.5,
+  )  # fmt: skip
+  t5 = P(positions.Buckets, buckets=256)
+  near(
+    make(init=init.t5, bias=t5),
+    embedding__table=1.0, query=(64 * 24) ** -0.5, key=1 / 8, value=1 / 8, gate=1 / 8, up=1 / 8,
+    out=96**-0.5, down=160**-0.5, bias__table=1 / 8,
+  )  # fmt: skip
+
+
+def test_the_default_is_the_recommended_recipe(tiny):
+  model = tiny.causal()
+  card = model.card
+  assert (card.norm, card.residual, card.positions, card.gated) == ('RMSNorm', 'pre', 'rope', True)
+  assert not card.attention_bias and not card.ffn_bias and card.final_norm
+  assert ffn.Gated(hidden=1).activation is ffn.silu
+  assert set(tree.flatten(model.axes['embedding'], lambda x: isinstance(x, tuple))) == {'table'}
+
+
+def test_longer_than_the_learned_table(tiny):
+  model = tiny.causal(positions=positions.Learned)
+  shapes = jax.eval_shape(model.init, jax.random.key(0))
+  long = dict(inputs=jnp.zeros((1, tiny.LENGTH + 1), jnp.int32))
+  with pytest.raises(UserError, match='13 is longer than the table of 12'):
+    jax.eval_shape(model.hidden, shapes, long)
+  with pytest.raises(UserError, match='longer than the table'):
+    model.states(shapes, long, tiny.LENGTH + 1)
+  with pytest.raises(UserError, match='length'):
+    tiny.causal(positions=positions.Learned, length=None)
+
+
+def test_wrong_arguments(tiny):
+  with pytest.raises(UserError, match='bfloat16'):
+    tiny.causal(dtype='bfloat15')
+  heads_differ = (tiny.block(dict(rotate=None)), tiny.block(dict(rotate=None, head_dim=4)))
+  blocks = (heads_differ[0], P(heads_differ[1], mixer=P(attention.SelfAttention, heads=2)))
+  with pytest.raises(UserError, match='one number'):
+    transformer.causal(vocab=8, embed=16, layers=2, block=blocks, bias=positions.Alibi)
+
+
+def test_a_model_from_a_config(ids):
+  cfg = use(
+    transformer.causal,
+    vocab=64,
+    embed=16,
+    layers=2,
+    length=16,
+    block=use(
+      block.decoder,
+      mixer=use(attention.SelfAttention, heads=4),
+      ffn=use(ffn.Gated, hidden=24),
+      norm=use(norms.RMSNorm),
+      residual=use(norms.pre),
+    ),
+    runner=use(stack.scan, remat='full'),
+  )
+  model = build(cfg)()
+  params = model.init(jax.random.key(0))
+  assert model.hidden(params, dict(inputs=ids)).x.shape == (*ids.shape, 16)
+  flat = tree.flatten(params)
+  assert flat['decoder/layers/block_0/mixer/query'].shape == (2, 16, 4, 4)
+  assert {'embedding/table', 'decoder/norm/scale'} < set(flat)
