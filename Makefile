@@ -5,6 +5,7 @@ BIN := .venv/bin
 PIP := $(BIN)/python -m pip --disable-pip-version-check install --quiet --no-compile
 WORKDIR ?= runs/quickstart
 WORKERS ?= 2
+BENCH ?= $(basename $(notdir $(wildcard benchmarks/[a-z]*.py)))
 ARGS ?=
 
 .PHONY: help setup dev quickstart test lint format docs notebook bench lock clean
@@ -35,8 +36,8 @@ docs: dev  ## docs/html: one page per package, from the docstrings
 notebook: dev  ## run the notebooks and keep what they print
 	@UPDATE=1 $(BIN)/python -m pytest -q tests/test_notebooks.py
 
-bench: dev  ## the figures the README quotes
-	@$(BIN)/python -m benchmarks $(ARGS)
+bench: dev  ## the figures the README quotes; BENCH=data_pipeline for one of them
+	@for name in $(BENCH); do $(BIN)/python -m benchmarks.$$name $(ARGS) || exit; done
 
 COMPILE := $(BIN)/uv pip compile --quiet --universal --python-version 3.11 --fork-strategy fewest \
 	--custom-compile-command 'make lock' $(ARGS)

@@ -18,7 +18,6 @@ Expect the paper's fit, 2.57 C^-0.048 nats per token for C petaFLOP/s-days: 2.46
 from configs.pretrain import lm
 from llm_jax.core.config import build, use, variant
 from llm_jax.core.errors import UserError, nearest
-from llm_jax.data import batch as batch_lib
 from llm_jax.model import (
   attention,
   block,
@@ -31,7 +30,7 @@ from llm_jax.model import (
   stack,
   transformer,
 )
-from llm_jax.optim import chain, rules, schedules
+from llm_jax.optim import batch_size, chain, rules, schedules
 
 TOKENS, DECAY, WARMUP, LENGTH = 300 * 10**9, 260 * 10**9, 375 * 10**6, 2048
 # layers, embed, heads, sequences in a batch (0.5M to 3.2M tokens), peak learning rate, billions of tokens until
@@ -51,7 +50,8 @@ SIZES = {
 def get_config(text=None):
   arg = variant(text, size='small', data='c4')
   layers, embed, query_heads, batch, peak, grown = pick(arg.size, SIZES)
-  ramp = use(batch_lib.linear_ramp, start=16, stop=batch, rows=grown * 10**9 // LENGTH, sizes=16)
+  start = batch // 16  # sixteen sizes to compile; 32K tokens for the three smallest models, as published for all
+  ramp = use(batch_size.ramp, start=start, end=batch, multiple=start, over=grown * 10**9 // LENGTH)
   steps, decay, warmup = (updates(tokens, batch, build(ramp)) for tokens in (TOKENS, DECAY, WARMUP))
   c = large_run(arg.data, batch, steps, vocab=50_257)
   c.model = model(layers, embed, query_heads)
@@ -70,9 +70,9 @@ def pick(size, sizes):
 def updates(tokens, batch, ramp):
   """The updates it takes to see `tokens` tokens while the batch grows."""
   rows, k = -(-tokens // LENGTH), 0
-  while rows > 0 and (size := ramp(k)) < batch:
-    rows, k = rows - size, k + 1
-  return k + max(0, -(-rows // batch))
+  while ramp(k).size < batch and ramp(k).seen < rows:
+    k += 1
+  return k + max(0, -(-(rows - ramp(k).seen) // batch))
 
 
 def large_run(data, batch, steps, vocab):

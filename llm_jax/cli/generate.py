@@ -44,9 +44,7 @@ def main(argv: list[str]) -> int:
       print()
     else:
       for i, text in enumerate(generate.text(model, params, words, prompts, key, **settings)):
-        print(
-          f'--- {i + 1} of {len(prompts)}: {prompts[i]!r}\n{prompts[i] * shown}{text}\n', flush=True
-        )
+        print(f'--- {i + 1} of {len(prompts)}: {prompts[i]!r}\n{prompts[i] * shown}{text}\n')
   except KeyboardInterrupt:
     print()
     return 130
@@ -57,6 +55,7 @@ def load(workdir: str | None, step: int | None = None) -> tuple[Any, Any, Any]:
   """(model, params, vocabulary) of the run in `workdir` at a step that was kept, default the newest."""
   if not workdir:
     raise UserError('name the run to generate from: --workdir=DIR')
+  workdir = os.path.expanduser(workdir)
   path, folder = os.path.join(workdir, 'config.json'), os.path.join(workdir, 'checkpoints')
   kept = sorted(int(n) for n in os.listdir(folder) if n.isdigit()) if os.path.isdir(folder) else []
   if not kept or not os.path.isfile(path):
@@ -70,14 +69,11 @@ def load(workdir: str | None, step: int | None = None) -> tuple[Any, Any, Any]:
       f'{workdir} has no checkpoint of step {step}; kept: {", ".join(map(str, kept))}'
     )
   with open(path, encoding='utf-8') as f:
-    described = json.load(f)
-  model = build(
-    from_json(json.dumps(described['model']))
-  )()  # the rest of the config is not needed, nor imported
+    described = json.load(f)['model']  # the rest is neither needed nor imported
+  model = build(from_json(json.dumps(described)))()
   shapes = jax.eval_shape(model.init, jax.random.key(0))
-  params = checkpoint.load_params(
-    workdir if step is None else os.path.join(folder, str(step)), shapes
-  )
+  source = workdir if step is None else os.path.join(folder, str(step))
+  params = checkpoint.load_params(source, shapes)
   return model, params, vocab.load(os.path.join(workdir, 'vocab'))
 
 

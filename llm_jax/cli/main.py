@@ -26,12 +26,12 @@ def main(argv: list[str] | None = None) -> int:
     return importlib.import_module(f'llm_jax.cli.{argv[0]}').main(argv[1:]) or 0
   except UserError as e:
     print(f'llm-jax: error: {e}', file=sys.stderr)
+  except BrokenPipeError:  # `| head` has seen enough
+    os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+    return 1
   except OSError as e:  # a full disk, a folder that cannot be written, a path that is a file
     name = f' {e.filename}' if e.filename else ''
     print(f'llm-jax: error: {(e.strerror or str(e)).lower()}:{name or " (no file named)"}; check the path and the space left', file=sys.stderr)
-  except BrokenPipeError:
-    os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-    return 1
   return 2
 
 

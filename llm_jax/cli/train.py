@@ -19,14 +19,13 @@ from llm_jax.model import count
 from llm_jax.train import checkpoint, guards, loop, preemption, report, state, step
 from llm_jax.train.hooks import Run
 
-FLAGS = flags.FlagValues()
-flags.DEFINE_string('workdir', None, 'folder for checkpoints, metrics and samples', flag_values=FLAGS)
-
 
 def main(argv: list[str]) -> int:
   """Runs the command; returns the exit code."""
-  cfg = read_config(parse(argv, FLAGS, __doc__))
-  workdir = report.open_workdir(FLAGS.workdir)
+  given = flags.FlagValues()
+  flags.DEFINE_string('workdir', None, 'folder for checkpoints, metrics and samples', flag_values=given)
+  cfg = read_config(parse(argv, given, __doc__))
+  workdir = report.open_workdir(given.workdir)
   join_cluster()
   with jax.set_mesh(mesh.make(**cfg.mesh)), mesh.rules(**cfg.axes):
     model = build(cfg.model)()  # pure functions: init, hidden, logits, states, axes

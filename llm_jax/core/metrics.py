@@ -1,12 +1,12 @@
 """What a run says about itself: `metrics.jsonl`, TensorBoard events, and one line on the terminal.
 
-The `Writer` is a hook. It reads a step's metrics when the next step is already on its way, so the device never waits,
-and averages them over the tokens of `every` steps. Its state goes into checkpoints: the files of a run that was killed
-and resumed are those of an uninterrupted run, except for what is measured in seconds.
+The `Writer` is a hook. It reads a step's metrics when the next step is already on its way, so the device never
+waits, and averages them over the tokens of `every` steps. Its state goes into checkpoints: the files of a run that was
+killed and resumed are those of an uninterrupted run, except for what is measured in seconds.
 
-Events are written with TensorBoard's own record format and messages; its `EventFileWriter` and `clu.metric_writers` would
-import TensorFlow. Other trackers: an entry point in the group `llm_jax.trackers`, called with the workdir, that gives an
-object with `write(step, values)`, `restart(step)` and `close()`.
+Events are written with TensorBoard's own record format and messages; its `EventFileWriter` and `clu.metric_writers`
+would import TensorFlow. Other trackers: an entry point in the group `llm_jax.trackers`, called with the workdir, that
+gives an object with `write(step, values)`, `restart(step)` and `close()`.
 """
 
 import contextlib
@@ -52,7 +52,9 @@ class Writer:
   ):
     self._every, self._tokens_per_step = every, tokens_per_step
     self._flops_per_token = flops_per_token
-    self._peak = (peak or peak_lib.peak()) if flops_per_token else None  # now, while the device is idle
+    self._peak = (
+      (peak or peak_lib.peak()) if flops_per_token else None
+    )  # now, while the device is idle
     self.latest: dict[str, tuple[int, float]] = {}  # name -> (step, value) written last
     self._pending: tuple[int, Any] | None = None
     self._clock = _Clock()
@@ -101,10 +103,14 @@ class Writer:
     """Goes back to a `state()` (None: the start); lines written after its step are dropped."""
     self._pending = None
     self._window = _Window()
-    self._step, self._tokens = (0, 0.0) if saved is None else (int(saved['step']), float(saved['tokens']))
+    self._step, self._tokens = (
+      (0, 0.0) if saved is None else (int(saved['step']), float(saved['tokens']))
+    )
     for name, value in (saved or dict(window={}))['window'].items():
       setattr(self._window, name, dict(value) if isinstance(value, Mapping) else value)
-    self.latest = {name: (step, value) for name, (step, value) in self.latest.items() if step <= self._step}
+    self.latest = {
+      name: (step, value) for name, (step, value) in self.latest.items() if step <= self._step
+    }
     self._clock.resume()
     for sink in self._sinks:
       sink.restart(-1 if saved is None else self._step)
@@ -201,7 +207,7 @@ class _Clock:
 
 
 class _Lines:
-  """`metrics.jsonl`: one JSON object a line, in the order of the steps, on disk as soon as written. Not finite: null."""
+  """`metrics.jsonl`: a JSON object a line, in the order of the steps, on disk as soon as written. Not finite: null."""
 
   def __init__(self, workdir: str):
     self._path, self._file = os.path.join(workdir, FILE), None
@@ -209,7 +215,10 @@ class _Lines:
   def write(self, step: int, values: Mapping[str, float]) -> None:
     if self._file is None:
       self._file = open(self._path, 'a', encoding='utf-8')
-    finite = {name: float(f'{value:.9g}') if math.isfinite(value) else None for name, value in values.items()}
+    finite = {
+      name: float(f'{value:.9g}') if math.isfinite(value) else None
+      for name, value in values.items()
+    }
     self._file.write(json.dumps(dict(step=step, **finite)) + '\n')
     self._file.flush()
 
@@ -247,7 +256,11 @@ class _Events:
     from tensorboard.compat.proto import event_pb2, summary_pb2  # a third of a second
     from tensorboard.summary.writer.record_writer import RecordWriter
 
-    self._event, self._summary, self._session = event_pb2.Event, summary_pb2.Summary, event_pb2.SessionLog
+    self._event, self._summary, self._session = (
+      event_pb2.Event,
+      summary_pb2.Summary,
+      event_pb2.SessionLog,
+    )
     self._writer, self._file = RecordWriter, None
     self._folder, self._restart = os.path.join(workdir, 'tensorboard'), None
 
@@ -280,7 +293,9 @@ class _Events:
 
 
 def _trackers(workdir: str) -> list[Any]:
-  return [entry.load()(workdir) for entry in importlib.metadata.entry_points(group='llm_jax.trackers')]
+  return [
+    entry.load()(workdir) for entry in importlib.metadata.entry_points(group='llm_jax.trackers')
+  ]
 
 
 def _describe(values: Mapping[str, float]) -> str:
@@ -305,7 +320,14 @@ class _Bar:
     if self._bar is None:
       style = '{n_fmt}/{total_fmt} |{bar}| {desc}' if self._steps else '{n_fmt} {desc}'
       first = max(0, step - 1)
-      self._bar = tqdm(total=self._steps, initial=first, bar_format=style, dynamic_ncols=True, leave=True, miniters=1)
+      self._bar = tqdm(
+        total=self._steps,
+        initial=first,
+        bar_format=style,
+        dynamic_ncols=True,
+        leave=True,
+        miniters=1,
+      )
     if step < self._bar.n:  # the run was sent back
       self._bar.reset(total=self._steps)
     self._bar.update(step - self._bar.n)

@@ -1,8 +1,8 @@
-"""How many FLOP/s the devices could do, the denominator of model FLOPs utilisation (MFU; PaLM, arXiv:2204.02311, app. B).
+"""How many FLOP/s the devices could do: the denominator of MFU, model FLOPs utilisation (arXiv:2204.02311, app. B).
 
 TPU: cloud.google.com/tpu/docs/system-architecture, per chip. NVIDIA: the data sheets of V100, A100, H100, H200, B200,
-L4, L40S, T4 (dense, without sparsity, SXM where there are several). `f32` is what `jax.numpy` products of f32 arrays use
-unless told otherwise: one bf16 pass on TPUs, TF32 on tensor cores since A100, plain f32 before.
+L4, L40S, T4 (dense, without sparsity, SXM where there are several). `f32` is what `jax.numpy` products of f32 arrays
+use unless told otherwise: one bf16 pass on TPUs, TF32 on tensor cores since A100, plain f32 before.
 """
 
 import functools

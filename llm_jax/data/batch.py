@@ -172,37 +172,3 @@ _COUNT = np.arange(1 << 16, dtype=np.int32)
 
 def _arange(n: int) -> np.ndarray:
   return _COUNT[:n] if n <= len(_COUNT) else np.arange(n, dtype=np.int32)
-
-
-def linear_ramp(index: int, *, start: int, stop: int, rows: int, sizes: int = 8) -> int:
-  """The number of rows in batch `index` when the batch grows linearly from `start` to `stop` rows over `rows` rows.
-
-  GPT-3 grows from 32K tokens to its full batch over the first 4 to 12 billion (Brown et al. 2020, table 2.1 and section
-  2.3). The sizes are multiples of `start`, at most `sizes` different ones, since every size is compiled once.
-  """
-  for count, size in _ramp_table(start, stop, rows, sizes):
-    if index < count:
-      return size
-    index -= count
-  return stop
-
-
-@functools.lru_cache(maxsize=16)
-def _ramp_table(start: int, stop: int, rows: int, sizes: int) -> tuple[tuple[int, int], ...]:
-  """(batches, rows per batch) of each step of the ramp before the full size."""
-  if not 0 < start < stop or stop % start or rows < stop or sizes < 2:
-    raise UserError(
-      f'a ramp needs start < stop, a multiple of start, rows >= stop and sizes >= 2; '
-      f'got start={start}, stop={stop}, rows={rows}, sizes={sizes}'
-    )
-  steps = min(sizes, stop // start)
-  multiples = sorted(
-    {max(1, round(1 + i * (stop // start - 1) / (steps - 1))) for i in range(steps)}
-  )[:-1]
-  table, done = [], 0
-  for i, multiple in enumerate(multiples):
-    until = rows * (i + 1) / len(multiples)
-    count = max(round((until - done) / (multiple * start)), 1)
-    table.append((count, multiple * start))
-    done += count * multiple * start
-  return tuple(table)

@@ -238,6 +238,7 @@ def record(path: str, start: int, stop: int, key: str) -> str:
 
 
 def check_fraction(heldout: float | Sequence[str]) -> None:
+  """Raises `UserError` for a fraction that leaves one of the splits empty."""
   if isinstance(heldout, float | int) and not 0 < heldout < 1:
     raise UserError(
       f'heldout must be files or a fraction between 0 and 1, got {heldout}: set for instance task.heldout=0.1'

@@ -53,8 +53,8 @@ def make(
 
   model: gives `card` (kind, vocab, length). encoder_length: slots of the encoder, default `length`. denoiser: from
   `data.denoise`. rows: `batch.pack`, `batch.concatenate` or `batch.pad`. read: `readers.mapped` (token maps) or
-  `readers.tokenized` (on the fly). jitter: cut long documents elsewhere in every epoch. ramp: rows of the k-th
-  batch, at most `batch`, for instance `batch.linear_ramp`. process_index, process_count: default jax's. Raises
+  `readers.tokenized` (on the fly). jitter: cut long documents elsewhere in every epoch. ramp: k -> (size, seen), the
+  rows of batch k, at most `batch`, and of all before it: see `optim.batch_size`. process_index, process_count: default jax's. Raises
   `UserError` for whatever does not fit together, before anything is compiled.
   """
   index, count = _processes(process_index, process_count)
@@ -122,11 +122,8 @@ class Source:
   def skip(self, batches: int) -> None:
     """Leaves out the next `batches` batches without reading their tokens."""
     state = dict(self._state)
-    rows = (
-      sum(self._rows(state['batch'] + i) for i in range(batches))
-      if self._ramp
-      else batches * self.batch
-    )
+    first = state['batch']
+    rows = batches * self.batch if self._ramp is None else self._ramp(first + batches).seen - self._ramp(first).seen
     state['row'] += rows
     while state['row'] >= (size := self._block(state['block']).rows):
       state['row'] -= size
@@ -164,7 +161,7 @@ class Source:
   def _rows(self, k: int) -> int:
     if self._ramp is None:
       return self.batch
-    size, count = self._ramp(k), self._process[1]
+    size, count = self._ramp(k).size, self._process[1]
     if not 0 < size <= self.batch or size % count:
       raise UserError(
         f'the ramp gives {size} rows for batch {k}: it must be at most batch={self.batch} '

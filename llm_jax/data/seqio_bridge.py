@@ -73,6 +73,7 @@ class _Vocabulary(seqio.Vocabulary):
 
 
 def vocabulary(ours: Any) -> seqio.Vocabulary:
+  """A `data.vocab` vocabulary with SeqIO's interface."""
   return _Vocabulary(ours)
 
 

@@ -7,8 +7,9 @@ With weight w, target y, logits l, log Z = logsumexp(l) and smoothing s, a posit
 H(q) being the constant that makes a perfect prediction cost 0 (T5X `compute_weighted_cross_entropy`; the z-loss is
 PaLM's, arXiv:2204.02311, section 5: 1e-4).
 
-`fused` goes over the length in chunks and computes value and gradients of a chunk while its logits exist: memory for one
-chunk instead of all, nothing computed twice (for [8, 512] positions and a vocabulary of 32k the logits alone are 512 MiB).
+`fused` goes over the length in chunks and computes value and gradients of a chunk while its logits exist: memory for
+one chunk instead of all, nothing computed twice (for [8, 512] positions and a vocabulary of 32k the logits alone are
+512 MiB).
 """
 
 import functools
@@ -39,7 +40,7 @@ class Terms(NamedTuple):
 
 
 class Penalty(NamedTuple):
-  """z_loss: weight of (log Z)^2; label_smoothing: s; vocab: V, where more logits than that pad the table (None: all)."""
+  """z_loss: weight of (log Z)^2; label_smoothing: s; vocab: V, logits beyond it are padding (None: there are none)."""
 
   z_loss: float = 0.0
   label_smoothing: float = 0.0
@@ -56,7 +57,8 @@ def whole(
 ) -> Terms:
   """All logits at once.
 
-  logits_fn: (head, x) -> [batch, length, vocab]. x: [batch, length, embed]. targets: int32, weights: f32 [batch, length].
+  logits_fn: (head, x) -> [batch, length, vocab]. x: [batch, length, embed]. targets, weights: int32, f32
+  [batch, length].
   """
   return _terms(logits_fn(head, x).astype(jnp.float32), targets, weights, penalty)[0]
 
@@ -80,7 +82,10 @@ def fused(
 
 
 def _terms(logits: jax.Array, targets: jax.Array, weights: jax.Array, penalty: Penalty):
-  """(Terms, d loss / d logits as a function). Comparing with an iota keeps a vocabulary split over devices where it is."""
+  """(Terms, d loss / d logits as a function).
+
+  Comparing with an iota instead of indexing keeps a vocabulary that is split over devices where it is.
+  """
   ids = jax.lax.broadcasted_iota(jnp.int32, (1, 1, logits.shape[-1]), 2)
   vocab = penalty.vocab or logits.shape[-1]
   is_target = ids == targets[..., None]
@@ -94,9 +99,8 @@ def _terms(logits: jax.Array, targets: jax.Array, weights: jax.Array, penalty: P
   if penalty.label_smoothing:
     high = 1 - penalty.label_smoothing
     entropy = -(high * math.log(high) + (vocab - 1) * low * math.log(low + 1e-20))
-    smoothed = (
-      log_z - (high - low) * right - low * jnp.where(ids < vocab, logits, 0).sum(-1) - entropy
-    )
+    everywhere = jnp.where(ids < vocab, logits, 0).sum(-1)
+    smoothed = log_z - (high - low) * right - low * everywhere - entropy
   squares = penalty.z_loss * log_z**2
   accuracy = (right == top) / jnp.maximum(ties, 1)
   total = lambda term: (weights * term).sum()
@@ -114,9 +118,8 @@ def _terms(logits: jax.Array, targets: jax.Array, weights: jax.Array, penalty: P
 def _fused(logits_fn, penalty, chunk, head, x, targets, weights):
   """(loss, the other terms). Without differentiation: no gradients are computed."""
   wanted = (False,) * len(jax.tree.leaves(head)), False
-  terms, _ = _over_devices(
-    functools.partial(_scan, logits_fn, penalty, chunk, wanted), head, x, targets, weights
-  )
+  run = functools.partial(_scan, logits_fn, penalty, chunk, wanted)
+  terms, _ = _over_devices(run, head, x, targets, weights)
   return terms[0], tuple(terms[1:])
 
 
@@ -149,17 +152,12 @@ def _scan(logits_fn, penalty, chunk, wanted, head, x, targets, weights):
 
   def logits_of(chosen: list, x: jax.Array) -> jax.Array:
     rest = iter(chosen)
-    return logits_fn(
-      treedef.unflatten([next(rest) if y else p for p, y in zip(leaves, by_head)]), x
-    )
+    filled = [next(rest) if yes else leaf for leaf, yes in zip(leaves, by_head, strict=True)]
+    return logits_fn(treedef.unflatten(filled), x)
 
   def one(x: jax.Array, targets: jax.Array, weights: jax.Array):
     if not (by_x or chosen):
-      return (
-        _terms(logits_of(chosen, x).astype(jnp.float32), targets, weights, penalty)[0],
-        [],
-        None,
-      )
+      return whole(logits_fn, head, x, targets, weights, penalty), [], None
     logits, pull = jax.vjp(logits_of, chosen, x)
     terms, gradient = _terms(logits.astype(jnp.float32), targets, weights, penalty)
     of_head, of_x = pull(gradient().astype(logits.dtype))

@@ -1,1 +1,1 @@
-"""Learning-rate schedules, update rules, clipping, decay, averaging and batch-size ramps. optax first; own code where it has none."""
+"""Learning rates, update rules, clipping, decay, averages and batch-size ramps: optax where it has them."""

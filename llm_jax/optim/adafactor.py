@@ -1,8 +1,8 @@
 """Adafactor (Shazeer & Stern 2018, arXiv:1804.04235), factored by axis names as in T5X.
 
 The second moment of a matrix is kept as the means of its rows and columns, O(n + m) numbers instead of O(n m)
-(algorithm 4). Which axes are rows and which columns follows from their names, so the moments are split over devices like the
-parameter, less a name:
+(algorithm 4). Which axes are rows and which columns follows from their names, so the moments are split over devices
+like the parameter, less a name:
 
   'layers', 'expert' in front   stacked parameters: statistics of their own for each
   'embed'                       rows

@@ -2,15 +2,15 @@
 
 Every function returns `Size(size, seen)`: the size of batch `index` and what all batches before it held, in
 one unit of your choice (sequences, or tokens when every size is a multiple of the sequence length). There are
-only `(end - start) / multiple + 1` different sizes, hence as many compilations; none beyond the first when the extra rows go to
-further microbatches of one size.
+only `(end - start) / multiple + 1` different sizes, hence as many compilations; none beyond the first when the extra
+rows go to further microbatches of one size.
 
-| model | as published |
-|---|---|
-| GPT-3 (32K -> 3.2M tokens over 4-12B tokens; length 2048) | `ramp(start=32_768, end=3_211_264, multiple=32_768, over=12 * 10**9)` |
-| MT-NLG 530B (32 -> 1920 sequences over 12B tokens) | `ramp(start=32, end=1920, multiple=32, over=12 * 10**9 // 2048)` |
-| GLM-130B (192 -> 4224 over the first 2.5 % of the samples) | `ramp(start=192, end=4224, multiple=24, over=samples // 40)` |
-| PaLM (512, 1024, 2048 sequences from batch 0, 50k, 115k) | `table(sizes=((0, 512), (50_000, 1024), (115_000, 2048)))` |
+As published:
+
+  GPT-3      32K to 3.2M tokens over 4-12B:      ramp(start=32_768, end=3_211_264, multiple=32_768, over=12 * 10**9)
+  MT-NLG     32 to 1920 sequences over 12B:      ramp(start=32, end=1920, multiple=32, over=12 * 10**9 // 2048)
+  GLM-130B   192 to 4224 over 2.5 % of samples:  ramp(start=192, end=4224, multiple=24, over=samples // 40)
+  PaLM       512, 1024, 2048 from 0, 50k, 115k:  table(sizes=((0, 512), (50_000, 1024), (115_000, 2048)))
 """
 
 import bisect
@@ -41,7 +41,8 @@ def fixed(index: int, *, size: int) -> Size:
 
 
 def ramp(index: int, *, start: int, end: int, over: int, multiple: int) -> Size:
-  """From `start` to `end` in steps of `multiple`, linear in what has been seen, reaching `end` at `over` (Megatron-LM's rule)."""
+  """From `start` to `end` in steps of `multiple`, linear in what has been seen, reaching `end` at `over`
+  (Megatron-LM's rule)."""
   return _at(index, _ramp_stages(start, end, over, multiple))
 
 

@@ -26,7 +26,7 @@ class Optimizer(NamedTuple):
 
 
 class ChainState(NamedTuple):
-  """count: updates made, int32 []; learning_rate: of the last one, f32 []; rule: its state; ema: averaged parameters or None."""
+  """count: updates made, int32 []; learning_rate: of the last one, f32 []; rule: its state; ema: the average or None."""
 
   count: Any
   learning_rate: Any
@@ -73,18 +73,17 @@ def make(
 ) -> Optimizer:
   """The optimizer of parameters with these axis names.
 
-  axes: tree like the parameters with tuples of names. rule: axes -> `rules.Rule`. schedule: step -> rate, step 0 for the
-  first update. clip: the largest global norm of the gradients (over all shards). decay: (rate, weight_decay) -> the
-  fraction of a parameter that a step takes away, if `decayed(its axis names)`. multipliers: ((regex on the path, factor),
-  ...) on the learning rate; the first that matches counts. ema: decay of an average of the parameters, kept in the state.
+  axes: tree like the parameters with tuples of names. rule: axes -> `rules.Rule`. schedule: step -> rate, step 0 for
+  the first update. clip: the largest global norm of the gradients (over all shards). decay: (rate, weight_decay) -> the
+  fraction of a parameter that a step takes away, if `decayed(its axis names)`. multipliers: ((regex on the path,
+  factor), ...) on the learning rate; the first that matches counts. ema: decay of an average of the parameters, kept
+  in the state.
 
   The last rate is `optax.tree_utils.tree_get(state, 'learning_rate')`, the average `tree_get(state, 'ema')`.
   """
   _check(clip, weight_decay, ema)
   factors = _factors(axes, multipliers)
-  jax.eval_shape(
-    schedule, jax.ShapeDtypeStruct((), jnp.int32)
-  )  # its complaints now, not in the first step
+  jax.eval_shape(schedule, jax.ShapeDtypeStruct((), jnp.int32))  # raises now, not in the first step
   rule = rule(axes)
 
   def init(params: Any) -> ChainState:
@@ -107,9 +106,9 @@ def make(
       return -step.astype(p.dtype)
 
     updates = jax.tree.map(change, params, steps, rates, names)
-    mean = (
-      None if ema is None else average(state.ema, optax.apply_updates(params, updates), decay=ema)
-    )
+    mean = None
+    if ema is not None:
+      mean = average(state.ema, optax.apply_updates(params, updates), decay=ema)
     return _lay_out(updates, names, 'weights'), ChainState(state.count + 1, rate, rule_state, mean)
 
   def state_axes(params: Any) -> ChainState:
@@ -119,7 +118,7 @@ def make(
 
 
 def average(mean: Any, params: Any, *, decay: float) -> Any:
-  """Exponential moving average of parameters, `decay * mean + (1 - decay) * params` (InstructGPT, arXiv:2203.02155: .992)."""
+  """Exponential moving average, `decay * mean + (1 - decay) * params` (InstructGPT, arXiv:2203.02155: decay .992)."""
   return jax.tree.map(lambda m, p: m + (1 - decay) * (p - m), mean, params)
 
 

@@ -41,7 +41,7 @@ def adamw(
 
 
 def lion(axes: Any, *, b1: float = 0.9, b2: float = 0.99, mu_dtype: str | None = None) -> Rule:
-  """The sign of an interpolated momentum (Chen et al. 2023, arXiv:2302.06675, algorithm 2); one moment instead of two."""
+  """The sign of an interpolated momentum (Chen et al. 2023, arXiv:2302.06675); half of Adam's state."""
   return _scaled(
     optax.scale_by_lion(b1, b2, mu_dtype=mu_dtype),
     lambda names: optax.ScaleByLionState(count=(), mu=names),

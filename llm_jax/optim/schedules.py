@@ -1,9 +1,9 @@
 """Learning rates as functions of the update: `schedule(step) -> rate`, an f32 scalar, traceable.
 
 `step` is the number of updates made before this one: 0 for the first. A warm-up of n updates gives update k = 1..n
-the fraction k / n of the peak, so that no update is wasted on a rate of zero; after it the curves are those of the papers
-and of `optax.schedules` at the same step. Beyond `steps` every schedule stays where it ended (GPT-3: constant at 10 %).
-To state lengths in tokens, wrap a schedule in `in_tokens`; to end any schedule at zero, in `cooldown`.
+the fraction k / n of the peak, so that no update is wasted on a rate of zero; after it the curves are those of the
+papers and of `optax.schedules` at the same step. Beyond `steps` every schedule stays where it ended (GPT-3: constant
+at 10 %). To state lengths in tokens, wrap a schedule in `in_tokens`; to end any schedule at zero, in `cooldown`.
 """
 
 import math
@@ -26,9 +26,10 @@ def constant(step: Step, *, peak: float, warmup: int = 0) -> jax.Array:
 def rsqrt(step: Step, *, peak: float = 0.01, hold: int = 10_000, warmup: int = 0) -> jax.Array:
   """Inverse square root: `peak * sqrt(hold / max(step, hold))`.
 
-  The defaults are T5's 1 / sqrt(max(n, 10^4)) (Raffel et al. 2020, arXiv:1910.10683, section 3.1.2; PaLM, arXiv:2204.02311,
-  has the same): .01 for the first 10,000 updates, .005 at 40,000. hold: updates at the peak, the k of the papers.
-  warmup: updates of linear rise within them (T5X's `constant * linear_warmup * rsqrt_decay` has warmup = hold).
+  The defaults are T5's 1 / sqrt(max(n, 10^4)) (Raffel et al. 2020, arXiv:1910.10683, section 3.1.2; PaLM,
+  arXiv:2204.02311, has the same): .01 for the first 10,000 updates, .005 at 40,000. hold: updates at the peak, the k
+  of the papers. warmup: updates of linear rise within them (T5X's `constant * linear_warmup * rsqrt_decay` has warmup
+  = hold).
   """
   _check(peak=peak, warmup=warmup)
   if hold < max(1, warmup):
@@ -74,7 +75,8 @@ def wsd(
 
 
 def manual(step: Step, *, points: tuple) -> jax.Array:
-  """Straight lines between `points` ((step, rate), ...), as OPT's rate was set by hand; constant before and after them."""
+  """Straight lines between `points` ((step, rate), ...), as OPT's rate was set by hand; constant before and after
+  them."""
   if len(points) < 1 or any(len(p) != 2 for p in points):
     raise UserError(f'manual takes points=((step, rate), ...), got {points!r}')
   at, rates = [float(p[0]) for p in points], [float(p[1]) for p in points]

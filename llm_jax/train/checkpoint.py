@@ -1,11 +1,12 @@
 """Checkpoints: asynchronous, checked, and never the reason that a run is lost. The only file that imports Orbax.
 
-A checkpoint is a folder `checkpoints/STEP` with two items: `state`, the arrays as nested dicts by path, and `meta`, JSON
-with the shape, dtype and checksum of every array, the position in the data, the averages of the metrics so far, and the
-config. It does not depend on the mesh, the optimizer's classes or how the model was executed.
+A checkpoint is a folder `checkpoints/STEP` with two items: `state`, the arrays as nested dicts by path, and `meta`,
+JSON with the shape, dtype and checksum of every array, the position in the data, the averages of the metrics so far,
+and the config. It does not depend on the mesh, the optimizer's classes or how the model was executed.
 
-Orbax restores flipped bytes without a word, so the checksums are compared after restoring (`checksum.py`); a checkpoint
-that cannot be read or differs is put aside and the one before it is used. Shapes are compared before anything is read.
+Orbax restores flipped bytes without a word, so the checksums are compared after restoring (`checksum.py`); a
+checkpoint that cannot be read or differs is put aside and the one before it is used. Shapes are compared before
+anything is read.
 """
 
 import contextlib
@@ -16,23 +17,21 @@ import re
 import shutil
 import sys
 import zlib
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 import jax
 import numpy as np
 import orbax.checkpoint as ocp
 from etils import epath
-from jax.experimental import multihost_utils
 from orbax.checkpoint import checkpoint_managers
 
 from llm_jax.core import tree
 from llm_jax.core.errors import UserError, nearest
-from llm_jax.train import checksum, damage
+from llm_jax.train import checksum, damage, folders, partners, processes
 
-FOLDER = 'checkpoints'
 FORMAT = 1
-GUARDED = ('loss', 'grad_norm', 'param_norm')  # what has to be finite for a state to be worth keeping
+GUARDED = ('loss', 'grad_norm', 'param_norm')  # finite, or the state is not worth keeping
 
 # Orbax logs, with traces, what its exceptions say; they reach the user as one line from here.
 logging.getLogger('absl').addFilter(lambda record: f'{os.sep}orbax{os.sep}' not in record.pathname)
@@ -41,9 +40,9 @@ logging.getLogger('absl').addFilter(lambda record: f'{os.sep}orbax{os.sep}' not 
 class Saver:
   """Saves and restores the state of a run. Owns the background thread that writes: use it in a `with`.
 
-  every: steps between checkpoints; the last step, where `steps` is given, is saved as well. keep: how many of the newest
-  stay. best: name of a metric, of the step or written by a hook at that step; the `keep_best` checkpoints with the
-  smallest value (`best_mode='max'`: largest) stay too. config_json: stored with each checkpoint.
+  every: steps between checkpoints; the last step, where `steps` is given, is saved as well. keep: how many of the
+  newest stay. best: name of a metric, of the step or written by a hook at that step; the `keep_best` checkpoints with
+  the smallest value (`best_mode='max'`: largest) stay too. config_json: stored with each checkpoint.
   """
 
   def __init__(
@@ -60,10 +59,12 @@ class Saver:
     config_json: str = '',
   ):
     if every < 1 or keep < 1 or keep_best < 1:
-      raise UserError(f'checkpoint: every={every}, keep={keep} and keep_best={keep_best} must be at least 1')
+      raise UserError(
+        f'checkpoint: every={every}, keep={keep} and keep_best={keep_best} must be at least 1'
+      )
     if best_mode not in ('min', 'max'):
       raise UserError(f"checkpoint.best_mode={best_mode!r}: choose 'min' or 'max'")
-    self.folder = os.path.join(os.path.abspath(workdir), FOLDER)
+    self.folder = os.path.join(os.path.abspath(workdir), folders.NAME)
     self._every, self._steps, self._best, self._config = every, steps, best, config_json
     self._parts: dict[str, Any] = {}
     self._restored: dict[str, Any] = {}  # the parts of the checkpoint that was restored
@@ -74,7 +75,7 @@ class Saver:
     return self
 
   def __exit__(self, kind: Any, error: Any, trace: Any) -> None:
-    """Waits for a checkpoint that is being written: without that, it is lost when the process ends. Not after Ctrl-C."""
+    """Waits for the checkpoint that is being written, which would be lost with the process. Not after Ctrl-C."""
     if kind is None:
       self.wait()
     elif not issubclass(kind, KeyboardInterrupt):
@@ -82,14 +83,14 @@ class Saver:
         self.wait()
 
   def track(self, name: str, part: Any) -> None:
-    """Stores `part.state()` (JSON) with every checkpoint under this name; gives it what was restored, if anything was."""
+    """Stores `part.state()` (JSON) with every checkpoint; hands to `part.restore` what was restored, if it is there."""
     self._parts[name] = part
     if name in self._restored:
       part.restore(self._restored[name])
 
   def steps(self) -> list[int]:
     """Steps with a finished checkpoint, in order. One that is still being written is not among them."""
-    return _steps(self.folder)
+    return folders.steps(self.folder)
 
   def hook(self, step: int, state: Any, metrics: Any) -> None:
     """Saves every `every` steps and at the last. Raises `UserError` when an earlier save failed in the background."""
@@ -98,12 +99,16 @@ class Saver:
       self.save(step, state, metrics)
 
   def save(self, step: int, state: Any, metrics: Any) -> bool:
-    """Starts saving; returns once the arrays are copied. False if the step is saved already or its metrics are not finite.
+    """Starts saving; returns once the arrays are copied. False if the step is saved already or its loss is not finite.
 
     Raises `UserError` when there is no room, or an earlier save failed; what was saved before stays.
     """
     self._check()
-    bad = [f'{name} is {float(metrics[name])}' for name in GUARDED if name in metrics and not np.isfinite(metrics[name])]
+    bad = [
+      f'{name} is {float(metrics[name])}'
+      for name in GUARDED
+      if name in metrics and not np.isfinite(metrics[name])
+    ]
     if bad:
       self._say(f'step {step} is not saved: {bad[0]}')
     if bad or step in self._manager.all_steps():
@@ -142,15 +147,15 @@ class Saver:
   ) -> Any:
     """The newest good checkpoint of this workdir; without one, `state` with parameters from `init_from`, or as it is.
 
-    state: arrays or `ShapeDtypeStruct`s with the shardings wanted. source, writer: tracked, see `track`; the writer drops
-    what it wrote after the step. init_from, rename, only: see `warm_start`. Raises `UserError` when the checkpoint is of
-    another model, or when there are checkpoints but none is good.
+    state: arrays or `ShapeDtypeStruct`s with the shardings wanted. source, writer: tracked, see `track`; the writer
+    drops what it wrote after the step. init_from, rename, only: see `warm_start`. Raises `UserError` when the
+    checkpoint is of another model, or when there are checkpoints but none is good.
     """
     self._restored = {}
     self.track('source', source)
     if writer is not None:
       self.track('writer', writer)
-    steps = _from_first(self.steps())
+    steps = processes.from_first(self.steps())
     if steps:
       return self._newest(state, steps)
     if writer is not None:
@@ -158,13 +163,13 @@ class Saver:
     return state if init_from is None else warm_start(state, init_from, rename=rename, only=only)
 
   def rewind(self, state: Any, step: int) -> Any:
-    """The newest good checkpoint of at most `step`, with data and metrics of then; later ones are deleted. None: no such."""
+    """The newest good checkpoint of at most `step`, or None; data and metrics as of then, later ones are deleted."""
     self.wait()
-    steps = _from_first([s for s in self.steps() if s <= step])
+    steps = processes.from_first([s for s in self.steps() if s <= step])
     if not steps:
       return None
     restored = self._newest(state, steps)
-    for later in _from_first(self.steps()):
+    for later in processes.from_first(self.steps()):
       if later > int(restored.step):
         self._manager.delete(later)
     return restored
@@ -195,9 +200,11 @@ class Saver:
     if jax.process_index() == 0:
       shutil.rmtree(target, ignore_errors=True)
       os.rename(os.path.join(self.folder, str(step)), target)
-    _barrier(f'damaged {step}')
+    processes.barrier(f'damaged {step}')
     self._manager.reload()
-    self._say(f'warning: checkpoint {step} is damaged ({error}); set aside as {target}, trying the one before')
+    self._say(
+      f'warning: checkpoint {step} is damaged ({error}); set aside as {target}, trying the one before'
+    )
 
   def _meta(self, step: int, arrays: dict[str, Any]) -> dict[str, Any]:
     sums = checksum.of(arrays)
@@ -214,13 +221,14 @@ class Saver:
     if value is None and written.get(self._best, (None,))[0] == step:
       value = written[self._best][1]
     if value is None:
-      self._say(
-        f'checkpoint {step} has no {self._best!r} to be ranked by; {nearest(self._best, {*metrics, *written} - {self._best})}'
-      )
+      near = nearest(self._best, {*metrics, *written} - {self._best})
+      self._say(f'checkpoint {step} has no {self._best!r} to be ranked by; {near}')
     return None if value is None or not np.isfinite(value) else dict(value=float(value))
 
   def _room(self, arrays: dict[str, Any]) -> None:
-    need = sum(s.data.nbytes for x in arrays.values() for s in x.addressable_shards if s.replica_id == 0)
+    need = sum(
+      s.data.nbytes for x in arrays.values() for s in x.addressable_shards if s.replica_id == 0
+    )
     free = shutil.disk_usage(self.folder).free
     if free < need:
       raise UserError(
@@ -258,29 +266,17 @@ class Saver:
       print(text, file=sys.stderr, flush=True)
 
 
-def warm_start(state: Any, path: str, *, rename: Sequence[tuple[str, str]] = (), only: str | None = None) -> Any:
+def warm_start(
+  state: Any, path: str, *, rename: Sequence[tuple[str, str]] = (), only: str | None = None
+) -> Any:
   """`state` with parameters from another run; step and optimizer start afresh, a moving average starts from them.
 
-  path: a workdir (its newest good checkpoint) or the folder of one step. rename: (regex, replacement) pairs applied to the
-  stored names (`decoder/norm/scale`). only: a regex on the names here; the parameters it finds are loaded, the others stay.
-  Without it every parameter here and there must have its partner. Values are cast to the dtype here.
+  path: a workdir (its newest good checkpoint) or the folder of one step. rename: (regex, replacement) pairs applied
+  to the stored names (`decoder/norm/scale`). only: a regex on the names here; the parameters it finds are loaded, the
+  others stay. Without it every parameter here and there must have its partner. Values are cast to the dtype here.
   """
-  here = {p: x for p, x in tree.flatten(state.params).items() if x.size}
-  wanted = {p: x for p, x in here.items() if only is None or re.search(only, p)}
-  if not wanted:
-    raise UserError(f'only={only!r} matches no parameter; {nearest(only or "", here)}')
-
-  def choose(stored: Iterable[str]) -> dict[str, str]:
-    there = tree.rename({p.removeprefix('params/'): p for p in stored if p.startswith('params/')}, rename)
-    missing = [p for p in wanted if p not in there]
-    if missing:
-      raise UserError(f'{path} has no parameter {missing[0]!r}; {nearest(missing[0], there)}: see init_from, rename and only')
-    unused = [p for p in there if p not in wanted]
-    if unused and only is None:
-      raise UserError(f'{path} has a parameter {unused[0]!r} that this model lacks: choose the ones to load with only=REGEX')
-    return {p: there[p] for p in wanted}
-
-  new = _load(path, wanted, choose)
+  wanted = partners.wanted(tree.flatten(state.params), only)
+  new = _load(path, wanted, lambda stored: partners.renamed(path, stored, wanted, rename, only))
   params = tree.map_paths(lambda p, x: new.get(p, x), state.params)
 
   def refresh(p: str, x: Any) -> Any:
@@ -295,54 +291,49 @@ def load_params(path: str, params: Any) -> Any:
 
   path: as in `warm_start`. params: tree of arrays or `ShapeDtypeStruct`s (with shardings, if on a mesh).
   """
-
-  def choose(stored: Iterable[str]) -> dict[str, str]:
-    stored = list(stored)
-    averaged = {p.partition('/ema/')[2]: p for p in stored if p.startswith('opt_state/') and '/ema/' in p}
-    chosen = {p: averaged.get(p, f'params/{p}') for p in tree.flatten(params)}
-    missing = [p for p, there in chosen.items() if there not in stored]
-    if missing:
-      known = [p.removeprefix('params/') for p in stored if p.startswith('params/')]
-      raise UserError(f'{path} has no parameter {missing[0]!r}; {nearest(missing[0], known)}: use the config it was trained with')
-    return chosen
-
-  new = _load(path, tree.flatten(params), choose)
+  wanted = tree.flatten(params)
+  new = _load(path, wanted, lambda stored: partners.averaged(path, stored, wanted))
   return tree.map_paths(lambda p, _: new[p], params)
-
-
-def newest_step(path: str) -> int:
-  """The step of the newest checkpoint of a workdir. Raises `UserError` when there is none."""
-  return int(os.path.basename(_folders(path)[0]))
 
 
 def _load(path: str, wanted: dict[str, Any], choose: Callable) -> dict[str, Any]:
   """Arrays for the targets `wanted`. choose: stored paths -> {target: stored path}. Damaged ones are passed over."""
-  for folder in _folders(path):
+  for folder in folders.newest_first(path):
     try:
       meta = _read_meta(folder)
       chosen = choose(meta['leaves'])
       targets = {}
       for p, stored in chosen.items():
         shape, dtype, *_ = meta['leaves'][stored]
-        if tuple(shape) != tuple(wanted[p].shape):
-          raise UserError(f'{p!r} has shape {tuple(shape)} in {folder} and {tuple(wanted[p].shape)} here: use a matching config or only=REGEX')
+        there, here = tuple(shape), tuple(wanted[p].shape)
+        if there != here:
+          raise UserError(
+            f'{p!r} has shape {there} in {folder} and {here} here: use a matching config or only=REGEX'
+          )
         targets[stored] = jax.ShapeDtypeStruct(shape, dtype, sharding=_sharding(wanted[p]))
       arrays = _read(folder, meta['leaves'], targets)
       return {p: arrays[stored].astype(wanted[p].dtype) for p, stored in chosen.items()}
     except damage.Damaged as e:
-      print(f'warning: {folder} is damaged ({e}); trying the one before', file=sys.stderr, flush=True)
+      print(f'warning: {folder} is damaged ({e})', file=sys.stderr, flush=True)
   raise UserError(f'no checkpoint in {path} can be read, see above: name another run')
 
 
 # --- below: reading one folder, naming what is wrong with it ----------------------------------------
 
 
-def _manager(folder: str, keep: int, best: str | None, keep_best: int, mode: str, asynchronous: bool) -> ocp.CheckpointManager:
+def _manager(
+  folder: str, keep: int, best: str | None, keep_best: int, mode: str, asynchronous: bool
+) -> ocp.CheckpointManager:
   policies: list = [checkpoint_managers.LatestN(keep)]
   value = lambda metrics: metrics['value']
   if best is not None:
     policies.append(
-      checkpoint_managers.BestN(get_metric_fn=value, reverse=mode == 'min', n=keep_best, keep_checkpoints_without_metrics=False)
+      checkpoint_managers.BestN(
+        get_metric_fn=value,
+        reverse=mode == 'min',
+        n=keep_best,
+        keep_checkpoints_without_metrics=False,
+      )
     )
   options = ocp.CheckpointManagerOptions(
     preservation_policy=checkpoint_managers.AnyPreservationPolicy(policies),
@@ -356,69 +347,59 @@ def _manager(folder: str, keep: int, best: str | None, keep_best: int, mode: str
   try:
     os.makedirs(folder, exist_ok=True)
     return ocp.CheckpointManager(
-      folder, options=options, item_handlers=dict(state=ocp.PyTreeCheckpointHandler(), meta=ocp.JsonCheckpointHandler())
+      folder,
+      options=options,
+      item_handlers=dict(state=ocp.PyTreeCheckpointHandler(), meta=ocp.JsonCheckpointHandler()),
     )
   except OSError as e:
-    raise UserError(f'cannot use {folder} for checkpoints ({damage.reason(e)}): choose another --workdir') from e
-
-
-def _steps(folder: str) -> list[int]:
-  """The numbered folders; Orbax gives a checkpoint its number when all of it is written."""
-  names = os.listdir(folder) if os.path.isdir(folder) else []
-  return sorted(int(n) for n in names if n.isdigit() and os.path.isdir(os.path.join(folder, n)))
-
-
-def _folders(path: str) -> list[str]:
-  """The checkpoints that `path` names, newest first: a workdir, its `checkpoints`, or one step."""
-  path = os.path.abspath(os.path.expanduser(path))
-  if os.path.isdir(os.path.join(path, 'meta')):
-    return [path]
-  folder = os.path.join(path, FOLDER) if os.path.isdir(os.path.join(path, FOLDER)) else path
-  steps = _steps(folder)
-  if not steps:
-    above = os.path.dirname(path)
-    near = [os.path.join(above, n) for n in os.listdir(above)] if os.path.isdir(above) else []
-    known = [n for n in near if os.path.isdir(os.path.join(n, FOLDER))]
-    raise UserError(f'there is no checkpoint in {path}: name the --workdir of a run; {nearest(path, known)}')
-  return [os.path.join(folder, str(s)) for s in reversed(steps)]
+    raise UserError(
+      f'cannot use {folder} for checkpoints ({damage.reason(e)}): choose another --workdir'
+    ) from e
 
 
 def _read_meta(folder: str) -> dict[str, Any]:
-  """The `meta` item. Raises `Damaged` on all processes when one of them cannot read it."""
-  item, error = {}, None
-  try:
-    with damage.guard():
-      item = ocp.JsonCheckpointHandler().restore(epath.Path(folder) / 'meta', args=ocp.args.JsonRestore())
-      if zlib.crc32(item['text'].encode()) != item['crc']:
-        raise damage.Damaged('its description is not as it was written')
-  except damage.Damaged as e:
-    error = e
-  _agree(error)
-  meta = json.loads(item['text'])
+  """The `meta` item."""
+
+  def read() -> str:
+    args = ocp.args.JsonRestore()
+    item = ocp.JsonCheckpointHandler().restore(epath.Path(folder) / 'meta', args=args)
+    if zlib.crc32(item['text'].encode()) != item['crc']:
+      raise damage.Damaged('its description is not as it was written')
+    return item['text']
+
+  meta = json.loads(_together(read))
   if meta['format'] != FORMAT:
-    raise UserError(f'{folder} has format {meta["format"]}, this version reads {FORMAT}: use the llm_jax that wrote it')
+    raise UserError(
+      f'{folder} has format {meta["format"]}, not {FORMAT}: use the llm_jax that wrote it'
+    )
   return meta
 
 
 def _read(folder: str, leaves: dict[str, list], targets: dict[str, Any]) -> dict[str, jax.Array]:
   """The arrays of `targets` by path, each where its target is, compared with their checksums."""
-  targets = {p: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=_sharding(x)) for p, x in targets.items() if x.size}
-  item, error = tree.unflatten(targets), None
+  item = tree.unflatten({
+    p: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=_sharding(x)) for p, x in targets.items() if x.size
+  })  # fmt: skip
   restore_args = ocp.checkpoint_utils.construct_restore_args(item)
-  try:
-    with damage.guard():
-      restored = ocp.PyTreeCheckpointHandler().restore(
-        epath.Path(folder) / 'state',
-        args=ocp.args.PyTreeRestore(item=item, restore_args=restore_args, partial_restore=True),
-      )
-  except damage.Damaged as e:
-    error = e
-  _agree(error)
-  arrays = tree.flatten(restored)
+  args = ocp.args.PyTreeRestore(item=item, restore_args=restore_args, partial_restore=True)
+  handler, place = ocp.PyTreeCheckpointHandler(), epath.Path(folder) / 'state'
+  arrays = tree.flatten(_together(lambda: handler.restore(place, args=args)))
   for path, sums in checksum.of(arrays).items():
     if list(sums) != leaves[path][2:]:
       raise damage.Damaged(f'the values of {path!r} are not those that were saved')
   return arrays
+
+
+def _together(read: Callable[[], Any]) -> Any:
+  """What `read()` gives; raises `Damaged` on all processes when one of them cannot read."""
+  result = error = None
+  try:
+    with damage.guard():
+      result = read()
+  except damage.Damaged as e:
+    error = e
+  processes.agree(error, damage.Damaged('another process cannot read its part'))
+  return result
 
 
 def _sharding(x: Any) -> jax.sharding.Sharding:
@@ -427,26 +408,3 @@ def _sharding(x: Any) -> jax.sharding.Sharding:
 
 def _zeros(x: Any) -> jax.Array:
   return jax.device_put(np.zeros(x.shape, x.dtype), _sharding(x))
-
-
-def _agree(error: damage.Damaged | None) -> None:
-  """Raises `Damaged` on all processes when one of them has an error."""
-  bad = error is not None
-  if jax.process_count() > 1:
-    bad = bool(multihost_utils.process_allgather(np.asarray(bad)).any())
-  if bad:
-    raise error or damage.Damaged('another process cannot read its part')
-
-
-def _from_first(steps: list[int]) -> list[int]:
-  """The list of process 0, for all: file systems differ in when they show a folder."""
-  if jax.process_count() == 1:
-    return steps
-  count = int(multihost_utils.broadcast_one_to_all(np.asarray(len(steps))))
-  padded = np.asarray((steps + [0] * count)[:count], np.int64)
-  return [int(s) for s in multihost_utils.broadcast_one_to_all(padded)]
-
-
-def _barrier(name: str) -> None:
-  if jax.process_count() > 1:
-    multihost_utils.sync_global_devices(name)

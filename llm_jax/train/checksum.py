@@ -16,7 +16,9 @@ from jax import lax
 from llm_jax.core import tree
 
 _UNSIGNED = {1: jnp.uint8, 2: jnp.uint16}
-_GOLDEN = 0x9E3779B9  # 2^32 / golden ratio: spreads consecutive positions (Knuth, volume 3, section 6.4)
+_GOLDEN = (
+  0x9E3779B9  # 2^32 / golden ratio: spreads consecutive positions (Knuth, volume 3, section 6.4)
+)
 
 
 def of(values: Any) -> dict[str, tuple[int, int]]:
@@ -35,7 +37,11 @@ def _sums(x: jax.Array) -> jax.Array:
   h = h ^ (h >> 15)
   add = lambda a, b: (a[0] + b[0], a[1] + b[1])
   zero = jnp.zeros((), jnp.uint32)
-  return jnp.stack(lax.reduce((words * (2 * i + 1), words * (2 * h + 1)), (zero, zero), add, tuple(range(words.ndim))))
+  return jnp.stack(
+    lax.reduce(
+      (words * (2 * i + 1), words * (2 * h + 1)), (zero, zero), add, tuple(range(words.ndim))
+    )
+  )
 
 
 def _words(x: jax.Array) -> jax.Array:
@@ -53,6 +59,8 @@ def _positions(shape: tuple[int, ...]) -> jax.Array:
   """The row-major position of every element, modulo 2^32."""
   positions, stride = jnp.zeros(shape, jnp.uint32), 1
   for axis in reversed(range(len(shape))):
-    positions = positions + lax.broadcasted_iota(jnp.uint32, shape, axis) * np.uint32(stride % 2**32)
+    positions = positions + lax.broadcasted_iota(jnp.uint32, shape, axis) * np.uint32(
+      stride % 2**32
+    )
     stride *= shape[axis]
   return positions

@@ -1,4 +1,4 @@
-"""What is wrong with a checkpoint, in one line: it cannot be read, it is not as it was written, it is of another model."""
+"""What is wrong with a checkpoint, in one line: unreadable, not as it was written, or of another model."""
 
 import contextlib
 import sys
@@ -20,15 +20,23 @@ def compare(folder: str, leaves: dict[str, list], targets: dict[str, Any]) -> No
   targets = {p: x for p, x in targets.items() if x.size}
   for path, x in targets.items():
     if path not in leaves:
-      raise UserError(f'the checkpoint {folder} is of another model: it has no {path!r} {tuple(x.shape)}; {remedy}')
+      raise UserError(
+        f'the checkpoint {folder} is of another model: it has no {path!r} {tuple(x.shape)}; {remedy}'
+      )
     there, here = (tuple(leaves[path][0]), leaves[path][1]), (tuple(x.shape), x.dtype.name)
     if there[0] != here[0]:
-      raise UserError(f'the checkpoint {folder} is of another model: {path!r} has shape {there[0]} there, {here[0]} here; {remedy}')
+      raise UserError(
+        f'the checkpoint {folder} is of another model: {path!r} has shape {there[0]} there, {here[0]} here; {remedy}'
+      )
     if there[1] != here[1]:
-      raise UserError(f'the checkpoint {folder} is of another model: {path!r} is {there[1]} there, {here[1]} here; {remedy}')
+      raise UserError(
+        f'the checkpoint {folder} is of another model: {path!r} is {there[1]} there, {here[1]} here; {remedy}'
+      )
   for path in leaves:
     if path not in targets:
-      raise UserError(f'the checkpoint {folder} is of another model: {path!r} {tuple(leaves[path][0])} is not in this one; {remedy}')
+      raise UserError(
+        f'the checkpoint {folder} is of another model: {path!r} {tuple(leaves[path][0])} is not in this one; {remedy}'
+      )
 
 
 @contextlib.contextmanager
@@ -65,9 +73,13 @@ def _is_noise(error: BaseException | None) -> bool:
 def reason(error: BaseException) -> str:
   """The line of an error that says most: the operating system's own words where it has some."""
   text = ' '.join(str(error).split()) or type(error).__name__
-  for words in ('No space left on device', 'File too large', 'Read-only file system', 'Permission denied', 'Not a directory'):
+  for words in (
+    'No space left on device',
+    'File too large',
+    'Read-only file system',
+    'Permission denied',
+    'Not a directory',
+  ):
     if words in text or words in str(error.__cause__):
       return words.lower()
   return 'unreadable data' if 'array index' in text else text[:160]
-
-

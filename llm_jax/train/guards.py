@@ -32,19 +32,24 @@ def stop_on_nan(run: Run) -> Hook:
   of the arrays are made on the device (one pass over memory). Checkpoints of bad states are never written (`Saver`).
   """
 
-  def check(step: int, metrics: Mapping[str, Any], flags: Mapping[str, Any]) -> None:
-    metrics, flags = jax.device_get((dict(metrics), flags))
-    bad = [name for name in ('loss', *sorted(metrics)) if name in metrics and not math.isfinite(metrics[name])]
-    tensor = next((path for path, fine in flags.items() if not fine), None)
+  def check(step: int, metrics: Mapping[str, Any], paths: list[str], finite: jax.Array) -> None:
+    metrics, finite = jax.device_get((dict(metrics), finite))
+    bad = [
+      name
+      for name in ('loss', *sorted(metrics))
+      if name in metrics and not math.isfinite(metrics[name])
+    ]
+    tensor = next((path for path, fine in zip(paths, finite, strict=True) if not fine), None)
     if tensor is None and not {'loss', 'grad_norm', 'param_norm'} & set(bad):
       return
     what = ', '.join(f'{name} is {float(metrics[name])}' for name in list(dict.fromkeys(bad))[:2])
     where = f'first bad tensor: {tensor}' if tensor else 'all parameters are still finite'
     run.saver.wait()
     safe = run.saver.steps()
+    kept = f'the checkpoint of step {safe[-1]} is good' if safe else 'no checkpoint was written yet'
     raise Diverged(
       f'step {step} went wrong: {what or "the state is not finite"}; {where}. Lower the learning rate, clip gradients, '
-      f'or add the hook guards.rewind_on_spike; {f"the checkpoint of step {safe[-1]} is good" if safe else "no checkpoint was written yet"}',
+      f'or add the hook guards.rewind_on_spike; {kept}',
       step=step,
       tensor=tensor,
     )
@@ -52,7 +57,8 @@ def stop_on_nan(run: Run) -> Hook:
   late = _Late()
 
   def hook(step: int, state: Any, metrics: Mapping[str, Any]) -> None:
-    before = late.exchange(step, metrics, (metrics, _finite(tree.flatten(state))))
+    arrays = {p: x for p, x in tree.flatten(state).items() if jnp.issubdtype(x.dtype, jnp.floating)}
+    before = late.exchange(step, metrics, (metrics, list(arrays), _finite(list(arrays.values()))))
     if before is not None:
       check(step - 1, *before)
     if step == run.steps and late.waiting is not None:
@@ -62,9 +68,9 @@ def stop_on_nan(run: Run) -> Hook:
 
 
 @jax.jit
-def _finite(arrays: dict[str, jax.Array]) -> dict[str, jax.Array]:
-  """Whether all elements are finite, for each array of floats."""
-  return {p: jnp.isfinite(x).all() for p, x in arrays.items() if jnp.issubdtype(x.dtype, jnp.floating)}
+def _finite(arrays: list[jax.Array]) -> jax.Array:
+  """bool [arrays]: whether all elements are finite."""
+  return jnp.stack([jnp.isfinite(x).all() for x in arrays])
 
 
 class _Late:
@@ -80,25 +86,36 @@ class _Late:
 
 
 def rewind_on_spike(
-  run: Run, *, factor: float = 2.0, window: int = 100, back: int = 100, skip: int = 300, limit: int = 5
+  run: Run,
+  *,
+  factor: float = 2.0,
+  window: int = 100,
+  back: int = 100,
+  skip: int = 300,
+  limit: int = 5,
 ) -> Hook:
   """Goes back and leaves data out when the loss exceeds `factor` times its median over the last `window` steps.
 
   PaLM (arXiv:2204.02311, section 5.1) restarted from a checkpoint about 100 steps before a spike and skipped 200 to 500
   batches; the data around the spike were not bad by themselves, only together with that state. Here: the newest
-  checkpoint at least `back` steps before the spike, then `skip` batches of data are left out (more if that does not reach
-  the spike). A loss that is not finite is a spike too: list this hook before `stop_on_nan`. Raises `Diverged` after `limit`
-  rewinds; a spike for which no checkpoint is old enough is only told.
+  checkpoint at least `back` steps before the spike, then `skip` batches of data are left out (more if that does not
+  reach the spike). A loss that is not finite is a spike too: list this hook before `stop_on_nan`. Raises `Diverged`
+  after `limit` rewinds; a spike for which no checkpoint is old enough is only told.
   """
   if factor <= 1 or window < 2 or back < 0 or skip < 1 or limit < 1:
-    raise UserError(f'rewind_on_spike: factor={factor} must exceed 1, window={window} 1, skip={skip} and limit={limit} 0')
+    raise UserError(
+      f'rewind_on_spike: factor={factor} must exceed 1, window={window} 1, skip={skip} and limit={limit} 0'
+    )
   losses = _Losses(window, factor)
   run.saver.track('rewind_on_spike', losses)
 
   def rewind(step: int, loss: float, state: Any) -> Any:
     what = f'the loss of step {step} is {loss:.4g}, usual is {losses.median():.4g}'
     if losses.rewinds == limit:
-      raise Diverged(f'{what}; {limit} rewinds did not help: lower the learning rate or look at the data', step=step)
+      raise Diverged(
+        f'{what}; {limit} rewinds did not help: lower the learning rate or look at the data',
+        step=step,
+      )
     restored = run.saver.rewind(state, step - back)
     if restored is None:
       run.writer.say(f'warning: {what}; no checkpoint is {back} steps older, so training goes on')
@@ -107,7 +124,9 @@ def rewind_on_spike(
     at = int(restored.step)
     left_out = max(skip, step - at)
     run.source.skip(left_out)
-    run.writer.say(f'{what}: going back to step {at}, leaving out {left_out} batches (rewind {losses.rewinds} of {limit})')
+    run.writer.say(
+      f'{what}: going back to step {at}, leaving out {left_out} batches (rewind {losses.rewinds} of {limit})'
+    )
     run.writer.write(at, dict(rewinds=losses.rewinds, skipped_batches=left_out))
     return restored
 

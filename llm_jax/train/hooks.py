@@ -34,11 +34,13 @@ class Run(NamedTuple):
   steps: int
 
 
-def evaluate(run: Run, *, source: Callable, objective: Callable, every: int = 500, name: str = 'heldout') -> Hook:
+def evaluate(
+  run: Run, *, source: Callable, objective: Callable, every: int = 500, name: str = 'heldout'
+) -> Hook:
   """Every `every` steps, and at the last, one pass over `source(run.model).once()`.
 
   objective: (model, params, batch, None) -> Loss, per target; its `nats` metric is used where it has one, so that a
-  z-loss or smoothing in the objective does not count. Writes, with N nats over W targets that stand for B bytes of text:
+  z-loss or smoothing in the objective does not count. Writes, with N nats over W targets for B bytes of text:
 
     NAME/nats_per_token = N / W,  NAME/perplexity = exp(N / W),  NAME/bits_per_byte = N / (ln 2 * B)
 
@@ -58,7 +60,8 @@ def evaluate(run: Run, *, source: Callable, objective: Callable, every: int = 50
       values['seconds'] = time.perf_counter() - start
       run.writer.write(step, {f'{name}/{key}': value for key, value in values.items()})
       if 'bits_per_byte' in values:
-        run.writer.say(f'step {step}: {name} {values["bits_per_byte"]:.4f} bits per byte, {values["nats_per_token"]:.4f} nats per token')
+        bits, nats = values['bits_per_byte'], values['nats_per_token']
+        run.writer.say(f'step {step}: {name} {bits:.4f} bits per byte, {nats:.4f} nats per token')
 
   return hook
 
@@ -92,7 +95,9 @@ def _over(score: Callable, params: Any, source: Any) -> dict[str, float]:
   _add(totals, waiting)
   weight = totals.pop('weight', 0.0)
   if not weight:
-    raise UserError('the held-out data has no target that counts: name another split or a shorter length')
+    raise UserError(
+      'the held-out data has no target that counts: name another split or a shorter length'
+    )
   nats, size = totals.pop('nats'), totals.pop('bytes')
   values = dict(nats_per_token=nats / weight, perplexity=math.exp(min(nats / weight, 700.0)))
   if size:
@@ -106,14 +111,21 @@ def _add(totals: dict[str, float], sums: Any) -> None:
 
 
 def sample(
-  run: Run, *, generate: Callable, prompts: tuple = ('',), at: tuple = (0.0, 0.1, 0.3, 1.0), seed: int = 0
+  run: Run,
+  *,
+  generate: Callable,
+  prompts: tuple = ('',),
+  at: tuple = (0.0, 0.1, 0.3, 1.0),
+  seed: int = 0,
 ) -> Hook:
   """Prints what the model says and adds it to `samples.txt`, at these fractions of the run; 0 is before the first step.
 
   generate: (model, params, vocab, prompts, key) -> the continuation of each prompt.
   """
   if isinstance(prompts, str) or any(not 0 <= f <= 1 for f in at):
-    raise UserError(f'sample: prompts must be a tuple of texts and at={at} fractions of the run between 0 and 1')
+    raise UserError(
+      f'sample: prompts must be a tuple of texts and at={at} fractions of the run between 0 and 1'
+    )
   due = {round(f * run.steps) for f in at}
   path = os.path.join(run.workdir, 'samples.txt')
 
@@ -124,7 +136,9 @@ def sample(
       key = jax.random.fold_in(jax.random.key(seed), step)
       said = generate(run.model, state.averaged, run.source.vocab, list(prompts), key)
       text = f'=== step {step} of {run.steps} ({100 * step / run.steps:.0f} %) ===\n'
-      text += ''.join(f'{prompt}{continuation}\n---\n' for prompt, continuation in zip(prompts, said, strict=True))
+      text += ''.join(
+        f'{prompt}{continuation}\n---\n' for prompt, continuation in zip(prompts, said, strict=True)
+      )
       if jax.process_index() == 0:
         _append(path, step, text)
       run.writer.say(f'\n{text}')
@@ -156,7 +170,9 @@ def profile(run: Run, *, start: int = 10, steps: int = 3) -> Hook:
     if recording and (step >= recording[0] + steps or step >= run.steps):
       jax.block_until_ready(metrics)
       jax.profiler.stop_trace()
-      run.writer.say(f'step {step}: the profile of steps {recording.pop() + 1} to {step} is in {folder}')
+      run.writer.say(
+        f'step {step}: the profile of steps {recording.pop() + 1} to {step} is in {folder}'
+      )
     elif step == start < run.steps:
       jax.block_until_ready(metrics)
       jax.profiler.start_trace(folder, create_perfetto_trace=True)

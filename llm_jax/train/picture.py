@@ -12,8 +12,8 @@ TRAIN, HELD_OUT = '#4878a8', '#c44e52'
 def draw(workdir: str, *, name: str = 'heldout') -> str | None:
   """Writes `loss.png`; returns its path, or None when there are fewer than two points to draw.
 
-  Above the training loss in nats per token, each line's average and a smoothed curve; below, where it was evaluated, bits
-  per byte of the text `name`. Both against tokens trained on.
+  Above the training loss in nats per token, each line's average and a smoothed curve; below, where it was evaluated,
+  bits per byte of the text `name`. Both against tokens trained on.
   """
   lines = read(os.path.join(workdir, 'metrics.jsonl'))
   steps, loss = column(lines, 'loss')
@@ -52,12 +52,11 @@ def column(lines: list[dict[str, Any]], name: str) -> tuple[np.ndarray, np.ndarr
 
 
 def smooth(values: np.ndarray) -> np.ndarray:
-  """A running mean over about a twentieth of the points, centred, shorter at the ends."""
-  half = max(1, len(values) // 40)
+  """A running mean over about a twentieth of the points around each, fewer at the ends."""
+  half, i = max(1, len(values) // 40), np.arange(len(values))
+  first, end = np.maximum(i - half, 0), np.minimum(i + half + 1, len(values))
   total = np.concatenate([[0.0], np.cumsum(values)])
-  i = np.arange(len(values))
-  reach = np.minimum(half, np.minimum(i, len(values) - 1 - i))
-  return (total[i + reach + 1] - total[i - reach]) / (2 * reach + 1)
+  return (total[end] - total[first]) / (end - first)
 
 
 def _panels(count: int) -> list[Any]:
@@ -70,14 +69,22 @@ def _panels(count: int) -> list[Any]:
 
 
 def _label(panel: Any, title: str, values: np.ndarray, x: float, last: float, color: str) -> None:
-  """Units, a light grid, the last value; the axis leaves out a first spike that would flatten the rest."""
+  """Units, a light grid, the last value; the axis is cut off above where a spike would flatten the rest."""
   from matplotlib.ticker import EngFormatter
 
   panel.set_ylabel(title)
   panel.xaxis.set_major_formatter(EngFormatter(sep=''))
   panel.grid(alpha=0.25)
   panel.spines[['top', 'right']].set_visible(False)
-  low, high = values.min(), max(np.quantile(values, 0.98), values[min(1, len(values) - 1)])
+  low, high = values.min(), min(values.max(), 2 * np.quantile(values, 0.95))
   margin = 0.06 * (high - low) or 0.1
   panel.set_ylim(low - margin, high + margin)
-  panel.annotate(f'{last:.3f}', (x, last), (6, 0), textcoords='offset points', color=color, va='center', annotation_clip=False)
+  panel.annotate(
+    f'{last:.3f}',
+    (x, last),
+    (6, 0),
+    textcoords='offset points',
+    color=color,
+    va='center',
+    annotation_clip=False,
+  )

@@ -25,7 +25,7 @@ class Stopped(SystemExit):
 
 
 def preemption(run: Run) -> Hook:
-  """Raises `Stopped` at the end of the step in which a signal came, with the state saved. A second Ctrl-C aborts at once.
+  """Raises `Stopped` at the end of the step in which a signal came, with the state saved. Ctrl-C again aborts at once.
 
   It has to be the last hook, so that the others are done with the step that is saved. Signal handlers are put back when
   the run ends.
@@ -38,9 +38,13 @@ def preemption(run: Run) -> Hook:
       restore()
       raise KeyboardInterrupt
     received.append(signum)
-    os.write(2, b'\nStopping after this step; the state will be saved. Ctrl-C again aborts at once.\n')
+    os.write(
+      2, b'\nStopping after this step; the state will be saved. Ctrl-C again aborts at once.\n'
+    )
     if distributed:
-      os.kill(os.getpid(), signal.SIGTERM)  # which jax listens for, and passes on to the other processes
+      os.kill(
+        os.getpid(), signal.SIGTERM
+      )  # which jax listens for, and passes on to the other processes
 
   caught = [signal.SIGINT] if distributed else [signal.SIGINT, signal.SIGTERM]
   before = {signum: signal.signal(signum, note) for signum in caught}
@@ -68,5 +72,12 @@ def _farewell(run: Run, step: int) -> str:
   saved = run.saver.steps()
   if not saved:
     return f'Stopped at step {step} of {run.steps}; nothing was worth saving yet. The same command starts anew.'
-  command = ' '.join(['llm-jax', *sys.argv[1:]]) if os.path.basename(sys.argv[0]) == 'llm-jax' else 'the same command'
-  return f'Stopped at step {step} of {run.steps}, saved in {run.saver.folder}. To go on from step {saved[-1]}: {command}'
+  command = (
+    ' '.join(['llm-jax', *sys.argv[1:]])
+    if os.path.basename(sys.argv[0]) == 'llm-jax'
+    else 'the same command'
+  )
+  where = f'saved in {run.saver.folder}'
+  return (
+    f'Stopped at step {step} of {run.steps}, {where}. To go on from step {saved[-1]}: {command}'
+  )

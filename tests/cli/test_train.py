@@ -241,13 +241,13 @@ BAD_FLAGS = {
   'heads that do not divide the width': (('--config.model.block.mixer.heads=3',), 'does not divide by heads=3', {}),
   'heads that do not divide over tensor': (('--config.mesh.tensor=4',), 'of size 2 does not divide', {}),
   'an axis that is not there': (('--config.axes.weights.embed=fspd',), "did you mean 'fsdp'", {}),
-  'a vocabulary that does not fit the model': (('--config.model.vocab=100',), '--config.model.vocab', {}),
+  'a vocabulary that does not fit the model': (('--config.model.vocab=100',), 'set model.vocab=262', {}),
   'a negative learning rate': (('--config.optimizer.schedule.peak=-1.0',), 'peak', {}),
   'a trainable regex that matches nothing': (('--config.trainable=lora',), 'matches no parameter', {}),
   'a text file that is not there': (('--config.source.task.train=("nowhere.txt",)',), 'nowhere.txt', {}),
   'a held-out fraction of one': (('--config.source.task.heldout=1.5',), 'heldout', {}),
   'an init_from without checkpoints': (('--config.init.init_from=nowhere',), 'nowhere', {}),
-  'an unknown remat policy': (('--config.model.runner.remat=some',), "'none'", {}),
+  'an unknown remat policy': (('--config.model.runner.remat=some',), 'no remat policy', {}),
   'an unknown dtype': (('--config.model.dtype=float31',), "did you mean 'float32'", {}),
 }
 

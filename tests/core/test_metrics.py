@@ -40,7 +40,11 @@ def expected(first, last):
   steps = np.arange(first, last + 1)
   weight = steps % 3 + 1.0
   loss = (np.float32(10.0) / steps.astype(np.float32)).astype(np.float64)
-  return dict(step=last, loss=pytest.approx((loss * weight).sum() / weight.sum(), rel=1e-7), learning_rate=last * 0.5)
+  return dict(
+    step=last,
+    loss=pytest.approx((loss * weight).sum() / weight.sum(), rel=1e-7),
+    learning_rate=last * 0.5,
+  )
 
 
 def test_a_line_is_the_average_over_the_tokens_of_its_steps(tmp_path):
@@ -48,7 +52,10 @@ def test_a_line_is_the_average_over_the_tokens_of_its_steps(tmp_path):
   run(writer, 0, 6, evaluate_every=100)
   writer.close()
   tokens = np.cumsum([2, 3, 1] * 2)
-  assert lines(tmp_path) == [expected(1, 3) | dict(tokens=tokens[2]), expected(4, 6) | dict(tokens=tokens[5])]
+  assert lines(tmp_path) == [
+    expected(1, 3) | dict(tokens=tokens[2]),
+    expected(4, 6) | dict(tokens=tokens[5]),
+  ]
 
 
 def test_metrics_are_read_one_step_late(tmp_path):
@@ -76,7 +83,11 @@ def test_metrics_are_read_one_step_late(tmp_path):
 def test_lines_come_in_order_and_are_on_disk_at_once(tmp_path):
   writer = Writer(str(tmp_path), every=2)
   run(writer, 0, 4)
-  assert [(line['step'], 'loss' in line) for line in lines(tmp_path)] == [(2, True), (4, True), (4, False)]
+  assert [(line['step'], 'loss' in line) for line in lines(tmp_path)] == [
+    (2, True),
+    (4, True),
+    (4, False),
+  ]
 
 
 @pytest.mark.parametrize('saved_at, killed_at', [(4, 4), (5, 6), (6, 11), (7, 12)])
@@ -136,7 +147,9 @@ def events(workdir, monkeypatch):
   from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
   accumulator = EventAccumulator(str(workdir / 'tensorboard')).Reload()
-  return {t: [(e.step, e.value) for e in accumulator.Scalars(t)] for t in accumulator.Tags()['scalars']}
+  return {
+    t: [(e.step, e.value) for e in accumulator.Scalars(t)] for t in accumulator.Tags()['scalars']
+  }
 
 
 def test_tensorboard_reads_the_events(tmp_path, monkeypatch):
@@ -184,7 +197,11 @@ def test_a_tracker_from_an_entry_point_gets_every_line(tmp_path, monkeypatch):
       calls.append('closed')
 
   entry = types.SimpleNamespace(load=lambda: Tracker)
-  monkeypatch.setattr(metrics.importlib.metadata, 'entry_points', lambda group: [entry] * (group == 'llm_jax.trackers'))
+  monkeypatch.setattr(
+    metrics.importlib.metadata,
+    'entry_points',
+    lambda group: [entry] * (group == 'llm_jax.trackers'),
+  )
   writer = Writer(str(tmp_path), every=1)
   writer.write(3, dict(a=1.0))
   writer.close()
@@ -198,7 +215,9 @@ def test_a_tracker_from_an_entry_point_gets_every_line(tmp_path, monkeypatch):
 def clock(monkeypatch):
   """A clock that the test moves."""
   now = types.SimpleNamespace(time=100.0)
-  fake = types.SimpleNamespace(perf_counter=lambda: now.time, monotonic=lambda: now.time, time=lambda: now.time)
+  fake = types.SimpleNamespace(
+    perf_counter=lambda: now.time, monotonic=lambda: now.time, time=lambda: now.time
+  )
   monkeypatch.setattr(metrics, 'time', fake)
   return now
 
@@ -217,7 +236,9 @@ class Step:
 def test_speed_counts_neither_the_first_step_nor_evaluation(tmp_path, clock, capsys):
   writer = Writer(str(tmp_path), every=2, steps=8, flops_per_token=50.0, peak=1e4)
   for step in range(1, 5):
-    writer(step, None, dict(loss=Step(clock, 60.0 if step == 1 else 0.5), weight=30.0))  # the first compiles
+    writer(
+      step, None, dict(loss=Step(clock, 60.0 if step == 1 else 0.5), weight=30.0)
+    )  # the first compiles
     if step == 3:
       with writer.aside():
         clock.time += 1000.0

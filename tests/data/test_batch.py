@@ -1,4 +1,4 @@
-"""Rows: layouts, packing, ramps."""
+"""Rows: layouts, packing."""
 
 import itertools
 import math
@@ -144,35 +144,3 @@ def test_one_example_per_row():
     plan = make().plan(np.array([3, 0, 5]), np.array([0, 0, 0]), 8, 0)
     assert plan.row.tolist() == [0, -1, 1] and plan.rows == 2
   assert batch.concatenate().windows and not batch.pad().windows and not batch.pack().windows
-
-
-def test_ramp_is_linear_exact_and_has_few_sizes():
-  """GPT-3 6.7B: from 32K to 2M tokens over 10B tokens, in rows of 2048."""
-  start, stop, rows = 16, 1024, 10_000_000_000 // 2048
-  sizes, done, k = [], 0, 0
-  while done < rows:
-    size = batch.linear_ramp(k, start=start, stop=stop, rows=rows, sizes=8)
-    done, k = done + size, k + 1
-    sizes.append(size)
-  assert sizes == sorted(sizes) and sizes[0] == start and sizes[-1] < stop
-  assert batch.linear_ramp(k + 100, start=start, stop=stop, rows=rows) == stop
-  assert len(set(sizes)) <= 8 and all(s % start == 0 for s in sizes)
-  assert done - rows < stop
-  halfway = sizes[
-    next(i for i, total in enumerate(itertools.accumulate(sizes)) if total >= rows / 2)
-  ]
-  assert math.isclose(halfway, (start + stop) / 2, rel_tol=0.2)
-  ends = np.cumsum(sizes)[
-    np.flatnonzero(np.diff(sizes))
-  ]  # rows seen when the size changes: evenly spaced
-  assert np.abs(np.diff(ends) / np.diff(ends).mean() - 1).max() < 0.01
-
-
-@pytest.mark.parametrize(
-  'wrong', [dict(start=0), dict(start=8, stop=8), dict(stop=12), dict(rows=4), dict(sizes=1)]
-)
-def test_wrong_ramp(wrong):
-  says(
-    'a ramp needs',
-    lambda: batch.linear_ramp(0, **dict(dict(start=8, stop=16, rows=100, sizes=4), **wrong)),
-  )

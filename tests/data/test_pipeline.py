@@ -10,6 +10,7 @@ import numpy as np
 import pytest
 
 from llm_jax.core import config
+from llm_jax.optim import batch_size
 from llm_jax.data import batch, denoise, materialize, pipeline, readers, tasks, vocab
 from tests.data.conftest import model, says, store
 
@@ -310,12 +311,12 @@ def test_mixture_rates(mixed):
 
 
 def test_ramp(short):
-  ramp = partial(batch.linear_ramp, start=2, stop=8, rows=40, sizes=4)
+  ramp = partial(batch_size.ramp, start=2, end=8, over=40, multiple=2)
   batches = take(make(short, ramp=ramp), 12)
-  assert [len(b['targets']) for b in batches] == [ramp(k) for k in range(12)]
+  assert [len(b['targets']) for b in batches] == [ramp(k).size for k in range(12)]
   whole = np.concatenate([b['targets'] for b in take(make(short), 12)])
   np.testing.assert_array_equal(
-    np.concatenate([b['targets'] for b in batches]), whole[: sum(map(ramp, range(12)))]
+    np.concatenate([b['targets'] for b in batches]), whole[: ramp(12).seen]
   )
   source = make(short, ramp=ramp)
   source.skip(9)
@@ -330,7 +331,7 @@ def test_config_round_trip(short):
     denoiser=config.use(denoise.ul2),
     batch=4,
     length=64,
-    ramp=config.use(batch.linear_ramp, start=2, stop=4, rows=8),
+    ramp=config.use(batch_size.ramp, start=2, end=4, over=8, multiple=2),
   )
   config.override(c, 'denoiser.denoisers[0].rate', '0.2')
   again = config.from_json(config.to_json(c))
@@ -390,7 +391,7 @@ def test_wrong_sizes_name_the_remedy(short):
   )
   says('not the state of a data pipeline', lambda: make(short).restore({'step': 3}))
   says('process_index and process_count', lambda: make(short, process_count=None))
-  says('the ramp gives 16 rows', lambda: make(short, ramp=lambda k: 16))
+  says('the ramp gives 16 rows', lambda: make(short, ramp=lambda k: batch_size.fixed(k, size=16)))
   few = partial(short, vocab=partial(vocab.bytes_, extra_ids=2))
   store(few())
   says('set vocab.extra_ids=', lambda: make(few, kind='prefix', denoiser=denoise.span_corruption))

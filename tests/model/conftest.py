@@ -1,6 +1,7 @@
 """Tiny models for the tests of this folder."""
 
 import functools
+import types
 
 import jax
 import jax.numpy as jnp
@@ -45,15 +46,25 @@ def t5(**kw):
   )
 
 
-def large(model, seed=0):
-  """Parameters with an embedding and attention strong enough that a leak would show."""
-  params = model.init(jax.random.key(seed))
+@functools.cache
+def _large(init):
+  params = jax.jit(init)(jax.random.key(0))
   return jax.tree.map(lambda x: 8 * x if x.ndim > 2 else x, params)
 
 
+def large(model):
+  """Parameters with attention and feed-forwards strong enough that a leak would show."""
+  return _large(model.init)
+
+
+@functools.cache
+def _forward(hidden, logits):
+  return jax.jit(lambda params, batch: logits(params, hidden(params, batch).x))
+
+
 def forward(model):
-  """jit of (params, batch) -> logits."""
-  return jax.jit(lambda params, batch: model.logits(params, model.hidden(params, batch).x))
+  """jit of (params, batch) -> logits, one per model."""
+  return _forward(model.hidden, model.logits)
 
 
 @pytest.fixture(scope='session')
@@ -64,8 +75,6 @@ def ids():
 @pytest.fixture(scope='session')
 def tiny():
   """The functions above, for tests cannot import their conftest."""
-  import types
-
   return types.SimpleNamespace(
     causal=causal, t5=t5, large=large, forward=forward, block=decoder_block, jnp=jnp,
     VOCAB=VOCAB, EMBED=EMBED, LENGTH=LENGTH,

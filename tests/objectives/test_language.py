@@ -1,4 +1,4 @@
-"""The loss against closed forms and an independent numpy version of T5X's; fused = whole, on one device and on eight."""
+"""The loss against closed forms and a numpy version of T5X's; fused = whole, on one device and on eight."""
 
 import functools
 import math

@@ -136,7 +136,7 @@ def test_stacked_is_per_layer(kw):
   (params,), grads = layer_scale(draw(shapes, 1)), layer_scale(draw(shapes, len(RATES), seed=1))
   together, _ = run(axes, params, grads, **kw)
   for i in range(3):
-    cut = lambda t: dict(w=t['w'][i], n=t['n'][i], e0=t['e'][i, 0], e1=t['e'][i, 1])
+    cut = lambda t, i=i: dict(w=t['w'][i], n=t['n'][i], e0=t['e'][i, 0], e1=t['e'][i, 1])
     alone, _ = run(
       dict(w=('embed', 'ffn'), n=('norm',), e0=('embed', 'ffn'), e1=('embed', 'ffn')),
       cut(params),

@@ -1,4 +1,4 @@
-"""Checkpoints: what is restored is what was saved, bit for bit, whatever happened to the process or the files in between."""
+"""Checkpoints: what is restored is what was saved, bit for bit, whatever happened to the process or the files."""
 
 import glob
 import json
@@ -10,7 +10,6 @@ import signal
 import subprocess
 import sys
 import textwrap
-
 
 import jax
 import jax.numpy as jnp
@@ -49,15 +48,22 @@ def make(step=0, seed=0, shape=(24, 16), dtype=jnp.float32):
   rng = np.random.default_rng(seed)
   w = jnp.asarray(rng.standard_normal(shape), dtype)
   params = dict(
-    decoder=dict(layers=dict(w=w, b=jnp.asarray(rng.standard_normal(5), jnp.bfloat16))), head=dict(w=w[:4] * 2)
+    decoder=dict(layers=dict(w=w, b=jnp.asarray(rng.standard_normal(5), jnp.bfloat16))),
+    head=dict(w=w[:4] * 2),
   )
-  return State(jnp.asarray(step, jnp.int32), params, (optax.adam(1.0).init(params), None, dict(empty=jnp.zeros((0, 3)))))
+  return State(
+    jnp.asarray(step, jnp.int32),
+    params,
+    (optax.adam(1.0).init(params), None, dict(empty=jnp.zeros((0, 3)))),
+  )
 
 
 def same(a, b):
   a, b = jax.tree.leaves(a), jax.tree.leaves(b)
   bits = lambda x: np.asarray(x).tobytes()
-  return len(a) == len(b) and all(x.dtype == y.dtype and bits(x) == bits(y) for x, y in zip(a, b, strict=True))
+  return len(a) == len(b) and all(
+    x.dtype == y.dtype and bits(x) == bits(y) for x, y in zip(a, b, strict=True)
+  )
 
 
 def saved(workdir, steps=(10, 20), **kw):
@@ -107,7 +113,9 @@ def test_keeps_the_newest_and_the_best(tmp_path):
     saver.hook(step, make(step), dict(bits=jnp.float32(bits)))
   saver.wait()
   assert saver.steps() == [2, 5, 6]
-  saver = Saver(str(tmp_path), every=1, keep=2, best='bits', keep_best=1)  # the values are read back
+  saver = Saver(
+    str(tmp_path), every=1, keep=2, best='bits', keep_best=1
+  )  # the values are read back
   saver.restore(make(), Source())
   saver.hook(7, make(7), dict(bits=jnp.float32(7.0)))
   saver.wait()
@@ -165,7 +173,9 @@ def test_donating_the_buffers_after_a_save_changes_nothing(tmp_path):
 
 
 def on_mesh(state, sizes, spec, kind):
-  mesh = jax.make_mesh(sizes, ('a', 'b'), axis_types=(kind,) * 2, devices=jax.devices()[: sizes[0] * sizes[1]])
+  mesh = jax.make_mesh(
+    sizes, ('a', 'b'), axis_types=(kind,) * 2, devices=jax.devices()[: sizes[0] * sizes[1]]
+  )
 
   def put(x):
     parts = spec if x.ndim == 2 and x.size and not any(n % 4 for n in x.shape) else PartitionSpec()
@@ -182,10 +192,16 @@ def test_restores_onto_another_mesh(tmp_path, kind):
   saver.restore(state, Source())
   saver.save(10, jax.tree.map(lambda x, s: jax.device_put(x, s.sharding), state, wide), {})
   saver.wait()
-  for target in (on_mesh(state, (2, 4), PartitionSpec('b', 'a'), kind), on_mesh(state, (2, 1), PartitionSpec('a'), kind), state):
+  for target in (
+    on_mesh(state, (2, 4), PartitionSpec('b', 'a'), kind),
+    on_mesh(state, (2, 1), PartitionSpec('a'), kind),
+    state,
+  ):
     restored = Saver(str(tmp_path)).restore(target, Source())
     assert same(restored, state)
-    assert jax.tree.all(jax.tree.map(lambda x, t: x.sharding.is_equivalent_to(t.sharding, x.ndim), restored, target))
+    assert jax.tree.all(
+      jax.tree.map(lambda x, t: x.sharding.is_equivalent_to(t.sharding, x.ndim), restored, target)
+    )
 
 
 # --- checksums --------------------------------------------------------------------------------------
@@ -201,7 +217,9 @@ def reference(x):
   return first, sum(w * (2 * mixed(i) + 1) for i, w in enumerate(words)) % 2**32
 
 
-@pytest.mark.parametrize('dtype', ['float32', 'bfloat16', 'float16', 'int32', 'uint8', 'bool', 'int8', 'float8_e4m3fn'])
+@pytest.mark.parametrize(
+  'dtype', ['float32', 'bfloat16', 'float16', 'int32', 'uint8', 'bool', 'int8', 'float8_e4m3fn']
+)
 @pytest.mark.parametrize('shape', [(), (7,), (3, 5, 2)])
 def test_checksum_is_the_formula(dtype, shape):
   x = jnp.asarray(np.random.default_rng(0).standard_normal(shape) * 3).astype(dtype)
@@ -291,7 +309,9 @@ def cut_description(workdir):
   file.write_text(file.read_text()[:-9])
 
 
-@pytest.mark.parametrize('harm', [truncate, delete, empty_folder, no_arrays, change_description, cut_description])
+@pytest.mark.parametrize(
+  'harm', [truncate, delete, empty_folder, no_arrays, change_description, cut_description]
+)
 def test_what_cannot_be_read_is_set_aside(tmp_path, capsys, harm):
   saved(tmp_path)
   harm(tmp_path)
@@ -310,7 +330,9 @@ def test_when_none_is_good_it_says_where_and_what_to_do(tmp_path, capsys):
   saved(tmp_path)
   for step in (10, 20):
     shutil.rmtree(tmp_path / f'checkpoints/{step}/state')
-  with pytest.raises(UserError, match=rf'none of the checkpoints in {tmp_path}.*another --workdir') as e:
+  with pytest.raises(
+    UserError, match=rf'none of the checkpoints in {tmp_path}.*another --workdir'
+  ) as e:
     restore(tmp_path, capsys)
   assert '\n' not in str(e.value)
 
@@ -326,9 +348,15 @@ def test_other_folders_are_left_alone(tmp_path, capsys):
 @pytest.mark.parametrize(
   'other, message',
   [
-    (lambda: make(shape=(24, 8)), r"'params/decoder/layers/w' has shape \(24, 16\) there, \(24, 8\) here"),
+    (
+      lambda: make(shape=(24, 8)),
+      r"'params/decoder/layers/w' has shape \(24, 16\) there, \(24, 8\) here",
+    ),
     (lambda: make(dtype=jnp.float16), r"'params/decoder/layers/w' is float32 there, float16 here"),
-    (lambda: make().replace(params=dict(make().params, new=jnp.ones(3))), r"it has no 'params/new' \(3,\)"),
+    (
+      lambda: make().replace(params=dict(make().params, new=jnp.ones(3))),
+      r"it has no 'params/new' \(3,\)",
+    ),
     (lambda: make().replace(opt_state=()), r"'opt_state/0/0/count' \(\) is not in this one"),
   ],
 )
@@ -389,7 +417,9 @@ def test_kill_9_during_a_save_leaves_the_one_before(tmp_path, capsys, delay):
   saver.save(40, big(40), {})
   saver.wait()
   assert saver.steps()[-1] == 40
-  assert [n for n in os.listdir(saver.folder) if not n.isdigit()] == []  # the half-written one is gone
+  assert [
+    n for n in os.listdir(saver.folder) if not n.isdigit()
+  ] == []  # the half-written one is gone
 
 
 def test_a_full_disk_is_one_line_and_nothing_is_lost(tmp_path):
@@ -415,7 +445,10 @@ def test_a_full_disk_is_one_line_and_nothing_is_lost(tmp_path):
     """
   )
   said, steps = done.stdout.splitlines()
-  assert re.match(r'checkpoint 20 could not be written to .* \(file too large\): make room .* from step 10\)$', said)
+  assert re.match(
+    r'checkpoint 20 could not be written to .* \(file too large\): make room .* from step 10\)$',
+    said,
+  )
   assert steps == '[10] True'
   assert 'Traceback' not in done.stderr, done.stderr
 
@@ -524,7 +557,10 @@ def test_rename_and_only_choose_parameters(tmp_path):
   old, fresh = make(seed=20).params, make(seed=5)
   params = dict(body=dict(layers=fresh.params['decoder']['layers']), head=dict(w=jnp.ones((2, 2))))
   state = warm_start(
-    fresh.replace(params=params), str(tmp_path), rename=[('^decoder/', 'body/'), ('/b$', '/bias')], only='^body/.*w'
+    fresh.replace(params=params),
+    str(tmp_path),
+    rename=[('^decoder/', 'body/'), ('/b$', '/bias')],
+    only='^body/.*w',
   )
   assert same(state.params['body']['layers']['w'], old['decoder']['layers']['w'])
   assert same(state.params['body']['layers']['b'], params['body']['layers']['b'])
@@ -539,7 +575,9 @@ def test_parameters_are_cast_and_the_average_starts_from_them(tmp_path):
   assert same(state.params['head']['w'], old['head']['w'].astype(jnp.float16))
   assert same(state.opt_state['ema'], state.params)
   pointers = lambda t: [x.unsafe_buffer_pointer() for x in jax.tree.leaves(t)]
-  assert not set(pointers(state.params)) & set(pointers(state.opt_state))  # both are donated to the step
+  assert not set(pointers(state.params)) & set(
+    pointers(state.opt_state)
+  )  # both are donated to the step
 
 
 @pytest.mark.parametrize(
@@ -548,7 +586,11 @@ def test_parameters_are_cast_and_the_average_starts_from_them(tmp_path):
     (dict(only='^heat/'), {}, r"only='\^heat/' matches no parameter"),
     ({}, dict(heads=jnp.ones(3)), r"has no parameter 'heads'; .*init_from, rename and only"),
     ({}, dict(head={}), r"has a parameter 'head/w' that this model lacks.*only=REGEX"),
-    (dict(only='^head/'), dict(head=dict(w=jnp.ones((3, 3)))), r"'head/w' has shape \(4, 16\) in .* and \(3, 3\) here"),
+    (
+      dict(only='^head/'),
+      dict(head=dict(w=jnp.ones((3, 3)))),
+      r"'head/w' has shape \(4, 16\) in .* and \(3, 3\) here",
+    ),
   ],
 )
 def test_parameters_that_do_not_fit_are_named(tmp_path, kw, change, message):
@@ -632,11 +674,17 @@ def test_two_processes_agree_on_what_is_good(tmp_path):
   with socket.socket() as s:
     s.bind(('127.0.0.1', 0))
     port = s.getsockname()[1]
-  environ = dict(os.environ, JAX_PLATFORMS='cpu', XLA_FLAGS='--xla_force_host_platform_device_count=2')
+  environ = dict(
+    os.environ, JAX_PLATFORMS='cpu', XLA_FLAGS='--xla_force_host_platform_device_count=2'
+  )
   prelude = PRELUDE.format(root=str(ROOT), here=str(ROOT / 'tests/train'))
   command = [sys.executable, '-c', JOIN + prelude + WORKER]
   start = lambda i: subprocess.Popen(
-    [*command, str(i), str(port), str(tmp_path)], stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, env=environ
+    [*command, str(i), str(port), str(tmp_path)],
+    stdout=subprocess.PIPE,
+    stderr=subprocess.STDOUT,
+    text=True,
+    env=environ,
   )
   workers = [start(0), start(1)]
   try:
@@ -645,5 +693,7 @@ def test_two_processes_agree_on_what_is_good(tmp_path):
     for w in workers:
       w.kill()
   assert 'fine 0' in said[0] and 'fine 1' in said[1], said[0][-3000:] + said[1][-3000:]
-  one = Saver(str(tmp_path)).restore(make(shape=(2000, 300)), Source())  # one process reads what two wrote
+  one = Saver(str(tmp_path)).restore(
+    make(shape=(2000, 300)), Source()
+  )  # one process reads what two wrote
   assert same(one, make(10, seed=10, shape=(2000, 300)))
