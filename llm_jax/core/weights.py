@@ -148,10 +148,30 @@ def _matmul(eq: str, x: jax.Array, w: jax.Array, dtype: Any) -> jax.Array:
   first = right.startswith(summed)
   w2 = w.reshape((n, -1) if first else (-1, n))
   shape = (*x.shape[: len(rows)], *(w.shape[len(summed) :] if first else w.shape[: len(kept)]))
-  dims = (((1,), (0 if first else 1,)), ((), ()))
-  return jax.lax.dot_general(x.reshape(-1, n), w2, dims, preferred_element_type=dtype).reshape(
-    shape
-  )
+  return _product(x.reshape(-1, n), w2, first, jnp.dtype(dtype)).reshape(shape)
+
+
+@functools.partial(jax.custom_vjp, nondiff_argnums=(2, 3))
+def _product(x: jax.Array, w: jax.Array, first: bool, dtype: Any) -> jax.Array:
+  """x [n, in] times w, [in, out] if `first`, else [out, in] -> [n, out]."""
+  return _dot(x, w, 1, 0 if first else 1, dtype)
+
+
+def _product_backward(first: bool, dtype: Any, saved: tuple, dy: jax.Array) -> tuple[jax.Array, jax.Array]:
+  """Both gradients as products that give their results in the right order; jax's own rule transposes that of the weight."""
+  del dtype
+  x, w = saved
+  dy = dy.astype(x.dtype)
+  dw = _dot(x, dy, 0, 0, w.dtype) if first else _dot(dy, x, 0, 0, w.dtype)
+  return _dot(dy, w, 1, 1 if first else 0, x.dtype), dw
+
+
+def _dot(a: jax.Array, b: jax.Array, i: int, j: int, dtype: Any) -> jax.Array:
+  """The product that sums axis i of `a` with axis j of `b`."""
+  return jax.lax.dot_general(a, b, (((i,), (j,)), ((), ())), preferred_element_type=dtype)
+
+
+_product.defvjp(lambda x, w, first, dtype: (_product(x, w, first, dtype), (x, w)), _product_backward)
 
 
 @functools.singledispatch

@@ -9,6 +9,8 @@ The context carries the dropout key, and for later layers what routing needs.
 | ReGLU | `relu` |
 | GLU | `sigmoid` |
 | bilinear | `identity` |
+
+Activations are recomputed in the backward pass: it is cheaper to evaluate them again than to store and load them.
 """
 
 from collections.abc import Callable
@@ -83,7 +85,8 @@ class MLP(nn.Module):
 
   @nn.compact
   def __call__(self, x: jax.Array, ctx: Any) -> tuple[jax.Array, dict[str, jax.Array]]:
-    return _down(self, self.activation(_up(self, 'up', x)), x.shape[-1], ctx.rng), {}
+    h = jax.checkpoint(self.activation)(_up(self, 'up', x))
+    return _down(self, h, x.shape[-1], ctx.rng), {}
 
 
 class Gated(nn.Module):
@@ -96,5 +99,6 @@ class Gated(nn.Module):
 
   @nn.compact
   def __call__(self, x: jax.Array, ctx: Any) -> tuple[jax.Array, dict[str, jax.Array]]:
-    h = self.activation(_up(self, 'gate', x)) * _up(self, 'up', x)
+    gated = jax.checkpoint(lambda gate, up: self.activation(gate) * up)
+    h = gated(_up(self, 'gate', x), _up(self, 'up', x))
     return _down(self, h, x.shape[-1], ctx.rng), {}

@@ -26,7 +26,7 @@ class Optimizer(NamedTuple):
 
 
 class ChainState(NamedTuple):
-  """count: updates made, int32 []; learning_rate: of the last one, f32 []; rule: its state; ema: the average or None."""
+  """count: updates made, int32 []; learning_rate: of the last one, f32 []; rule: its state; ema: average or None."""
 
   count: Any
   learning_rate: Any

@@ -13,7 +13,6 @@ import contextlib
 import json
 import logging
 import os
-import re
 import shutil
 import sys
 import zlib
@@ -21,6 +20,7 @@ from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 import orbax.checkpoint as ocp
 from etils import epath
@@ -60,7 +60,7 @@ class Saver:
   ):
     if every < 1 or keep < 1 or keep_best < 1:
       raise UserError(
-        f'checkpoint: every={every}, keep={keep} and keep_best={keep_best} must be at least 1'
+        f'checkpoint: every={every}, keep={keep}, keep_best={keep_best} must be at least 1'
       )
     if best_mode not in ('min', 'max'):
       raise UserError(f"checkpoint.best_mode={best_mode!r}: choose 'min' or 'max'")
@@ -188,7 +188,13 @@ class Saver:
       for name, part in self._parts.items():
         if name in self._restored:
           part.restore(self._restored[name])
-      return tree.map_paths(lambda path, x: arrays[path] if x.size else _zeros(x), state)  # noqa: B023
+      whole = {
+        p: jnp.zeros(x.shape, x.dtype, device=_sharding(x))
+        for p, x in tree.flatten(state).items()
+        if not x.size
+      }
+      whole |= arrays
+      return tree.map_paths(lambda path, _: whole[path], state)  # noqa: B023
     raise UserError(
       f'none of the checkpoints in {self.folder} can be restored, see above; they are kept as STEP.damaged: '
       'repair one and rename it back, or start anew with another --workdir'
@@ -202,9 +208,7 @@ class Saver:
       os.rename(os.path.join(self.folder, str(step)), target)
     processes.barrier(f'damaged {step}')
     self._manager.reload()
-    self._say(
-      f'warning: checkpoint {step} is damaged ({error}); set aside as {target}, trying the one before'
-    )
+    self._say(f'warning: checkpoint {step} is damaged ({error}); set aside as {target}')
 
   def _meta(self, step: int, arrays: dict[str, Any]) -> dict[str, Any]:
     sums = checksum.of(arrays)
@@ -278,12 +282,7 @@ def warm_start(
   wanted = partners.wanted(tree.flatten(state.params), only)
   new = _load(path, wanted, lambda stored: partners.renamed(path, stored, wanted, rename, only))
   params = tree.map_paths(lambda p, x: new.get(p, x), state.params)
-
-  def refresh(p: str, x: Any) -> Any:
-    name = p.rpartition('ema/')[2] if re.search(r'(^|/)ema/', p) else ''
-    return jax.numpy.array(new[name], copy=True, device=x.sharding) if name in new else x
-
-  return state.replace(params=params, opt_state=tree.map_paths(refresh, state.opt_state))
+  return state.replace(params=params, opt_state=partners.refresh(state.opt_state, new))
 
 
 def load_params(path: str, params: Any) -> Any:
@@ -316,9 +315,6 @@ def _load(path: str, wanted: dict[str, Any], choose: Callable) -> dict[str, Any]
     except damage.Damaged as e:
       print(f'warning: {folder} is damaged ({e})', file=sys.stderr, flush=True)
   raise UserError(f'no checkpoint in {path} can be read, see above: name another run')
-
-
-# --- below: reading one folder, naming what is wrong with it ----------------------------------------
 
 
 def _manager(
@@ -404,7 +400,3 @@ def _together(read: Callable[[], Any]) -> Any:
 
 def _sharding(x: Any) -> jax.sharding.Sharding:
   return getattr(x, 'sharding', None) or jax.sharding.SingleDeviceSharding(jax.local_devices()[0])
-
-
-def _zeros(x: Any) -> jax.Array:
-  return jax.device_put(np.zeros(x.shape, x.dtype), _sharding(x))

@@ -4,6 +4,8 @@ import re
 from collections.abc import Iterable, Sequence
 from typing import Any
 
+import jax.numpy as jnp
+
 from llm_jax.core import tree
 from llm_jax.core.errors import UserError, nearest
 
@@ -57,3 +59,13 @@ def averaged(path: str, stored: Iterable[str], wanted: dict[str, Any]) -> dict[s
       f'{path} has no parameter {missing[0]!r}; {near}: use the config it was trained with'
     )
   return chosen
+
+
+def refresh(opt_state: Any, new: dict[str, Any]) -> Any:
+  """An optimizer state whose moving average starts from the new parameters; copies, since both are donated."""
+
+  def one(path: str, x: Any) -> Any:
+    name = path.rpartition('ema/')[2] if re.search(r'(^|/)ema/', path) else ''
+    return jnp.array(new[name], copy=True, device=x.sharding) if name in new else x
+
+  return tree.map_paths(one, opt_state)
