@@ -36,15 +36,15 @@ def main(argv: list[str]) -> int:
     layout = state.layout(model, tx, cfg.trainable)
     update = step.make(objective, tx, layout, microbatches=cfg.microbatches, trainable=cfg.trainable)
     first = state.create(model, tx, cfg.seed, trainable=cfg.trainable, layout=layout)
-    saver = checkpoint.Saver(workdir, steps=cfg.steps, config_json=to_json(cfg), **cfg.checkpoint)
     flops = count.training_flops(model.card, source.length)
     writer = metrics.Writer(
       workdir, every=cfg.log_every, steps=cfg.steps, flops_per_token=flops, tokens_per_step=source.batch * source.length
     )
-    last = saver.restore(first, source, writer, **cfg.init)
-    report.record(workdir, to_json(cfg), source.vocab)
-    run = Run(model, source, saver, writer, workdir, cfg.steps)
-    chosen = [build(hook)(run) for hook in cfg.hooks.values()]  # in the order of their names
-    hooks = [writer, *chosen, guards.stop_on_nan(run), saver.hook, preemption.preemption(run)]
-    last = loop.train(last, source, update, steps=cfg.steps, key=jax.random.key(cfg.seed), hooks=hooks)
-    return report.finish(run, last)
+    with checkpoint.Saver(workdir, steps=cfg.steps, config_json=to_json(cfg), **cfg.checkpoint) as saver:
+      last = saver.restore(first, source, writer, **cfg.init)
+      report.record(workdir, to_json(cfg), source.vocab)
+      run = Run(model, source, saver, writer, workdir, cfg.steps)
+      chosen = [build(hook)(run) for hook in cfg.hooks.values()]  # in the order of their names
+      hooks = [writer, *chosen, guards.stop_on_nan(run), saver.hook, preemption.preemption(run)]
+      last = loop.train(last, source, update, steps=cfg.steps, key=jax.random.key(cfg.seed), hooks=hooks)
+      return report.finish(run, last)

@@ -121,9 +121,11 @@ def rules(
 def spec(*axes: str | None, kind: str = 'activations') -> PartitionSpec:
   """The mesh axes of an array whose axes have these names. A mesh axis is used once: the first name gets it.
 
+  Inside a `shard_map` the axes it has taken over are left out: there an array is one device's part along them.
   Raises `KeyError` on a name that is not in the rules (Flax would silently replicate a typo).
   """
-  table, used, entries = _rules.get()[kind], set(), []
+  table, entries = _rules.get()[kind], []
+  used = set(jax.sharding.get_abstract_mesh().manual_axes)
   for name in axes:
     if name is not None and name not in table:
       raise KeyError(f'axis {name!r} is not in the rules; {nearest(name, table)}')
@@ -134,9 +136,14 @@ def spec(*axes: str | None, kind: str = 'activations') -> PartitionSpec:
 
 
 def current() -> Any:
-  """The abstract mesh of `jax.set_mesh`, or None outside one (and on a single device, where nothing is split)."""
+  """The abstract mesh of `jax.set_mesh`, or None outside one.
+
+  Also None on a single device, where nothing is split, and inside a `shard_map` over all axes of the mesh.
+  """
   mesh = jax.sharding.get_abstract_mesh()
-  return None if _outside.get() or mesh.empty or mesh.size == 1 else mesh
+  if _outside.get() or mesh.empty or mesh.size == 1 or set(mesh.manual_axes) == set(mesh.axis_names):
+    return None
+  return mesh
 
 
 @contextlib.contextmanager

@@ -196,25 +196,37 @@ def _over_devices(run: Callable, head: Any, x: jax.Array, targets: jax.Array, we
 
   Left to itself XLA adds the head's gradients over the devices in every chunk.
   """
-  rows = mesh.spec('batch', 'length')
-  over = tuple(
-    itertools.chain.from_iterable(e if isinstance(e, tuple) else (e,) for e in rows if e)
-  )
-  if mesh.current() is None or math.prod(mesh.current().shape[axis] for axis in over) == 1:
+  if mesh.current() is None:
     return run(head, x, targets, weights)
+  rows, sizes = mesh.spec('batch', 'length'), mesh.current().shape
+  over = set(itertools.chain.from_iterable(e if isinstance(e, tuple) else (e,) for e in rows if e))
+  if math.prod(sizes[axis] for axis in over) == 1:
+    return run(head, x, targets, weights)
+  over |= {axis for axis, size in sizes.items() if size == 1}
 
   def local(head: Any, x: jax.Array, targets: jax.Array, weights: jax.Array):
-    with mesh.outside():
-      terms, (of_head, of_x) = run(head, x, targets, weights)
-    return *jax.lax.psum((terms, of_head), over), of_x
+    terms, (of_head, of_x) = run(head, x, targets, weights)
+    return *jax.lax.psum((terms, of_head), tuple(sorted(over))), of_x  # one order on all hosts
 
-  whole = PartitionSpec()
-  places = dict(in_specs=(whole, rows, rows, rows), out_specs=(whole, whole, rows))
-  terms, of_head, of_x = jax.shard_map(local, axis_names=set(over), check_vma=False, **places)(
-    head, x, targets, weights
+  everywhere = PartitionSpec()
+  places = dict(in_specs=(everywhere, rows, rows, rows), out_specs=(everywhere, everywhere, rows))
+  mapped = jax.shard_map(local, axis_names=over, check_vma=False, **places)
+  if not mesh.is_explicit():
+    terms, of_head, of_x = mapped(head, x, targets, weights)
+    return terms, (of_head, of_x)
+  whole_head = jax.tree.map(
+    lambda p: mesh.constrain(p, _less(jax.typeof(p).sharding.spec, over)), head
   )
-  if mesh.is_explicit():  # a gradient has the type of its weight, split over devices included
-    of_head = jax.tree.map(
-      lambda g, p: mesh.constrain(g, jax.typeof(p).sharding.spec), of_head, head
-    )
-  return terms, (of_head, of_x)
+  scored = (
+    mesh.constrain(a, PartitionSpec(*rows, *[None] * (a.ndim - 2))) for a in (x, targets, weights)
+  )
+  terms, of_head, of_x = mapped(whole_head, *scored)
+  # A gradient has the type of its weight, which says how it is split.
+  back = lambda p, g: None if g is None else mesh.constrain(g, jax.typeof(p).sharding.spec)
+  return terms, (jax.tree.map(back, head, of_head), of_x)
+
+
+def _less(partition: PartitionSpec, axes: set[str]) -> PartitionSpec:
+  """`partition` without these mesh axes."""
+  entries = (e if isinstance(e, tuple) else (e,) for e in partition)
+  return PartitionSpec(*(tuple(a for a in e if a and a not in axes) or None for e in entries))

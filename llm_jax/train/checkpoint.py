@@ -188,13 +188,8 @@ class Saver:
       for name, part in self._parts.items():
         if name in self._restored:
           part.restore(self._restored[name])
-      whole = {
-        p: jnp.zeros(x.shape, x.dtype, device=_sharding(x))
-        for p, x in tree.flatten(state).items()
-        if not x.size
-      }
-      whole |= arrays
-      return tree.map_paths(lambda path, _: whole[path], state)  # noqa: B023
+      empty = lambda x: jnp.zeros(x.shape, x.dtype, device=_sharding(x))
+      return tree.map_paths(lambda path, x: arrays[path] if x.size else empty(x), state)  # noqa: B023
     raise UserError(
       f'none of the checkpoints in {self.folder} can be restored, see above; they are kept as STEP.damaged: '
       'repair one and rename it back, or start anew with another --workdir'

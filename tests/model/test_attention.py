@@ -1,7 +1,5 @@
 """Kernels against a numpy loop, and attention modules against one another."""
 
-import functools
-
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -54,7 +52,7 @@ def test_kernels_are_the_formula(kernel, groups, mask):
   k, v = keys(groups)
   bias = RNG.normal(size=(1, H, T, T)).astype(np.float32)
   for b, scale in ((None, None), (bias, 1.0)):
-    got = kernel(Q, k, v, MASKS[mask], b, scale)
+    got = jax.jit(lambda *a: kernel(*a, MASKS[mask], b, scale))(Q, k, v)  # noqa: B023
     np.testing.assert_allclose(got, by_hand(Q, k, v, MASKS[mask], b, scale), rtol=2e-5, atol=2e-5)
 
 
@@ -74,7 +72,8 @@ def test_kernels_have_one_gradient(other, mask):
   weigh = RNG.normal(size=Q.shape).astype(np.float32)
 
   def gradient(kernel):
-    return jax.grad(lambda *a: (kernel(*a, MASKS[mask]) * weigh).sum(), (0, 1, 2))(Q, k, v)
+    loss = lambda *a: (kernel(*a, MASKS[mask]) * weigh).sum()
+    return jax.jit(jax.grad(loss, (0, 1, 2)))(Q, k, v)
 
   for a, b in zip(gradient(kernels.reference), gradient(other), strict=True):
     np.testing.assert_allclose(a, b, atol=1e-5)
@@ -162,10 +161,9 @@ def test_cross_attention_reads_its_state_and_not_the_encoder():
 
 
 def test_sizes_that_do_not_divide_name_the_remedy():
-  init = functools.partial(jax.eval_shape, lambda m: m.init(jax.random.key(0), X, CTX))
   for module, words in (
     (attention.SelfAttention(heads=3), 'head_dim'),
     (attention.SelfAttention(heads=4, groups=3), 'groups'),
   ):
     with pytest.raises(UserError, match=words):
-      init.func(lambda module=module: module.init(jax.random.key(0), X, CTX))
+      jax.eval_shape(lambda m=module: m.init(jax.random.key(0), X, CTX))
