@@ -51,7 +51,7 @@ def layout(model: Any, tx: Any, trainable: str | None = None) -> Layout | None:
   with mesh.outside():
     params = jax.eval_shape(model.init, jax.random.key(0))
   part = trained(params, trainable)
-  part_axes = jax.tree.map(lambda _, a: a, part, model.axes)
+  part_axes = tree.align(model.axes, part)
   opt_state = jax.eval_shape(tx.init, part)
   scalar = mesh.shardings((), jax.ShapeDtypeStruct((), jnp.int32))
   return Layout(
