@@ -50,7 +50,9 @@ SIZES = {
 def get_config(text=None):
   arg = variant(text, size='small', data='c4')
   layers, embed, query_heads, batch, peak, grown = pick(arg.size, SIZES)
-  start = batch // 16  # sixteen sizes to compile; 32K tokens for the three smallest models, as published for all
+  start = (
+    batch // 16
+  )  # sixteen sizes to compile; 32K tokens for the three smallest models, as published for all
   ramp = use(batch_size.ramp, start=start, end=batch, multiple=start, over=grown * 10**9 // LENGTH)
   steps, decay, warmup = (updates(tokens, batch, build(ramp)) for tokens in (TOKENS, DECAY, WARMUP))
   c = large_run(arg.data, batch, steps, vocab=50_257)
@@ -85,7 +87,7 @@ def large_run(data, batch, steps, vocab):
   c.objective.z_loss = 0.0
   c.mesh.data, c.mesh.fsdp = 1, -1
   c.checkpoint.every = 1000
-  c.hooks.heldout.every = 10_000  # the held-out split of C4 has 175M tokens
+  c.hooks.heldout.every, c.hooks.heldout.batches = 1000, 64  # the held-out split of C4 has some 175M tokens
   return c
 
 

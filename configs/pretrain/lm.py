@@ -1,7 +1,7 @@
 r"""A causal language model on tiny Shakespeare, or on C4 for those who have it. The parent of all pre-training configs.
 
   llm-jax train --config=configs/pretrain/lm.py --workdir=runs/lm
-  llm-jax train --config=configs/pretrain/lm.py:c4 --config.source.task.data_dir=DIR --workdir=runs/c4
+  TFDS_DATA_DIR=DIR llm-jax train --config=configs/pretrain/lm.py:c4 --workdir=runs/c4
 
 The recipe of T5 and PaLM (Adafactor, inverse square root) on the architecture of LLaMA (pre-RMSNorm, SwiGLU, RoPE, no
 biases). Documents are packed with segment ids, so no token sees another document.
@@ -24,7 +24,12 @@ def get_config(text=None):
   words = use(vocab.sentencepiece, size=size)
   task = use(tasks.c4 if c4 else tasks.tiny_shakespeare, vocab=words)
   source = use(
-    pipeline.make, task=task, batch=arg.batch, length=arg.length, denoiser=use(denoise.causal), rows=use(batch.pack)
+    pipeline.make,
+    task=task,
+    batch=arg.batch,
+    length=arg.length,
+    denoiser=use(denoise.causal),
+    rows=use(batch.pack),
   )
   return config(
     model=model(size, arg.length),
@@ -71,10 +76,14 @@ def optimizer(steps):
 
 
 def hook_set(source, every):
-  heldout = use(pipeline.make, **{**settings(source), 'split': 'validation', 'shuffle': False, 'jitter': False})
+  heldout = use(
+    pipeline.make, **{**settings(source), 'split': 'validation', 'shuffle': False, 'jitter': False}
+  )
   return dict(
     heldout=use(hooks.evaluate, source=heldout, objective=use(language.next_token), every=every),
-    samples=use(hooks.sample, generate=use(generate.text, max_new=200, temperature=0.8), prompts=('ROMEO:',)),
+    samples=use(
+      hooks.sample, generate=use(generate.text, max_new=200, temperature=0.8), prompts=('ROMEO:',)
+    ),
     plot=use(hooks.plot),
   )
 

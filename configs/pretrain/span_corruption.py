@@ -1,9 +1,10 @@
-r"""T5's span corruption with an encoder-decoder: 15 % of the tokens in spans of 3 are replaced and have to be filled in.
+r"""T5's span corruption with an encoder-decoder: 15 % of the tokens in spans of 3 are replaced and have to be filled
+in.
 
   llm-jax train --config=configs/pretrain/span_corruption.py --workdir=runs/span_corruption
 
-Differs from lm.py in the architecture (an encoder of as many layers, T5's relative position buckets instead of RoPE, its
-initialisation), in the denoiser, and in the decoder's length: 256 input tokens make 57 targets.
+Differs from lm.py in the architecture (an encoder of as many layers, T5's relative position buckets instead of RoPE,
+its initialisation), in the denoiser, and in the decoder's length: 256 input tokens make 57 targets.
 """
 
 from configs.pretrain import lm, prefix_lm
@@ -33,7 +34,12 @@ def model(parent):
     | dict(
       encoder_layers=depth,
       encoder_block=use(block.decoder, mixer=self_attention, ffn=feed),
-      block=use(block.cross_decoder, mixer=self_attention, cross=use(attention.CrossAttention, **attend), ffn=feed),
+      block=use(
+        block.cross_decoder,
+        mixer=self_attention,
+        cross=use(attention.CrossAttention, **attend),
+        ffn=feed,
+      ),
       bias=use(positions.Buckets),
       head=use(heads.Tied, scaled=True),
       init=use(init.t5),

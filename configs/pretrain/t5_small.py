@@ -31,7 +31,7 @@ def get_config(text=None):
   c.objective.z_loss = 0.0
   schedule = use(schedules.rsqrt, peak=0.01, hold=10_000, warmup=0)
   c.optimizer = use(chain.make, rule=use(adafactor.adafactor), schedule=schedule, clip=None)
-  c.checkpoint.every, c.hooks.heldout.every = 5000, 50_000
+  c.checkpoint.every, c.hooks.heldout.every, c.hooks.heldout.batches = 5000, 5000, 64
   return c
 
 

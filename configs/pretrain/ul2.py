@@ -3,8 +3,8 @@ r"""UL2: one prefix decoder trained on a mixture of seven denoisers, each announ
   llm-jax train --config=configs/pretrain/ul2.py --workdir=runs/ul2
   llm-jax train --config=configs/pretrain/ul2.py:encoder_decoder --workdir=runs/ul2_encdec
 
-Differs from prefix_lm.py in the denoiser (Tay et al. 2022, arXiv:2205.05131, table 1). The S-denoiser splits at a random
-pivot; `last_quarter` in llm_jax/data/denoise.py is the variant that always hides the end.
+Differs from prefix_lm.py in the denoiser (Tay et al. 2022, arXiv:2205.05131, table 1). The S-denoiser splits at a
+random pivot; `last_quarter` in llm_jax/data/denoise.py is the variant that always hides the end.
 """
 
 from configs.pretrain import prefix_lm, span_corruption

@@ -24,7 +24,9 @@ def parse(argv: list[str], values: flags.FlagValues, usage: str) -> list[str]:
   ours, theirs = [], []
   rest = iter(argv)
   for argument in rest:
-    if argument.partition('=')[0].lstrip('-').split('.')[0].split(':')[0] == 'config' and argument.startswith('-'):
+    if argument.partition('=')[0].lstrip('-').split('.')[0].split(':')[
+      0
+    ] == 'config' and argument.startswith('-'):
       if '=' not in argument:
         following = next(rest, None)
         if following is None:
@@ -69,12 +71,14 @@ def join_cluster() -> None:
   if 'JAX_COORDINATOR_ADDRESS' in env:
     missing = [n for n in ('JAX_NUM_PROCESSES', 'JAX_PROCESS_ID') if not env.get(n, '').isdigit()]
     if missing:
-      raise UserError(f'JAX_COORDINATOR_ADDRESS is set, but {missing[0]} is not a number: set it for every process')
+      raise UserError(
+        f'JAX_COORDINATOR_ADDRESS is set, but {missing[0]} is not a number: set it for every process'
+      )
     jax.distributed.initialize(
       env['JAX_COORDINATOR_ADDRESS'], int(env['JAX_NUM_PROCESSES']), int(env['JAX_PROCESS_ID'])
     )
   elif (
-    int(env.get('SLURM_NTASKS', 1)) > 1 and 'SLURM_PROCID' in env
+    (int(env.get('SLURM_NTASKS', 1)) > 1 and 'SLURM_PROCID' in env)
     or int(env.get('OMPI_COMM_WORLD_SIZE', 1)) > 1
     or ',' in env.get('TPU_WORKER_HOSTNAMES', '')
   ):

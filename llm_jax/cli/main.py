@@ -30,8 +30,8 @@ def main(argv: list[str] | None = None) -> int:
     os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
     return 1
   except OSError as e:  # a full disk, a folder that cannot be written, a path that is a file
-    name = f' {e.filename}' if e.filename else ''
-    print(f'llm-jax: error: {(e.strerror or str(e)).lower()}:{name or " (no file named)"}; check the path and the space left', file=sys.stderr)
+    reason, name = (e.strerror or str(e)).lower(), e.filename or 'no file named'
+    print(f'llm-jax: error: {reason} ({name}): check the path and the space left', file=sys.stderr)
   return 2
 
 

@@ -23,7 +23,9 @@ from llm_jax.train.hooks import Run
 def main(argv: list[str]) -> int:
   """Runs the command; returns the exit code."""
   given = flags.FlagValues()
-  flags.DEFINE_string('workdir', None, 'folder for checkpoints, metrics and samples', flag_values=given)
+  flags.DEFINE_string(
+    'workdir', None, 'folder for checkpoints, metrics and samples', flag_values=given
+  )
   cfg = read_config(parse(argv, given, __doc__))
   workdir = report.open_workdir(given.workdir)
   join_cluster()
@@ -34,17 +36,27 @@ def main(argv: list[str]) -> int:
     objective = functools.partial(build(cfg.objective), model)  # (params, batch, key) -> Loss
     tx = build(cfg.optimizer)(model.axes)  # optax, told each parameter's axes
     layout = state.layout(model, tx, cfg.trainable)
-    update = step.make(objective, tx, layout, microbatches=cfg.microbatches, trainable=cfg.trainable)
+    update = step.make(
+      objective, tx, layout, microbatches=cfg.microbatches, trainable=cfg.trainable
+    )
     first = state.create(model, tx, cfg.seed, trainable=cfg.trainable, layout=layout)
     flops = count.training_flops(model.card, source.length)
     writer = metrics.Writer(
-      workdir, every=cfg.log_every, steps=cfg.steps, flops_per_token=flops, tokens_per_step=source.batch * source.length
+      workdir,
+      every=cfg.log_every,
+      steps=cfg.steps,
+      flops_per_token=flops,
+      tokens_per_step=source.batch * source.length,
     )
-    with checkpoint.Saver(workdir, steps=cfg.steps, config_json=to_json(cfg), **cfg.checkpoint) as saver:
+    with checkpoint.Saver(
+      workdir, steps=cfg.steps, config_json=to_json(cfg), **cfg.checkpoint
+    ) as saver:
       last = saver.restore(first, source, writer, **cfg.init)
       report.record(workdir, to_json(cfg), source.vocab)
       run = Run(model, source, saver, writer, workdir, cfg.steps)
       chosen = [build(hook)(run) for hook in cfg.hooks.values()]  # in the order of their names
       hooks = [writer, *chosen, guards.stop_on_nan(run), saver.hook, preemption.preemption(run)]
-      last = loop.train(last, source, update, steps=cfg.steps, key=jax.random.key(cfg.seed), hooks=hooks)
+      last = loop.train(
+        last, source, update, steps=cfg.steps, key=jax.random.key(cfg.seed), hooks=hooks
+      )
       return report.finish(run, last)

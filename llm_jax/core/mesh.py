@@ -141,7 +141,9 @@ def current() -> Any:
   Also None on a single device, where nothing is split, and inside a `shard_map` over all axes of the mesh.
   """
   mesh = jax.sharding.get_abstract_mesh()
-  if _outside.get() or mesh.empty or mesh.size == 1 or set(mesh.manual_axes) == set(mesh.axis_names):
+  if (
+    _outside.get() or mesh.empty or mesh.size == 1 or set(mesh.manual_axes) == set(mesh.axis_names)
+  ):
     return None
   return mesh
 
@@ -198,6 +200,11 @@ def gather(w: jax.Array, axes: tuple[str | None, ...]) -> jax.Array:
 
   move.defvjp(lambda w: (constrain(w, left), None), lambda _, g: (constrain(g, stored),))
   return move(w)
+
+
+def settle(w: jax.Array, axes: tuple[str | None, ...]) -> jax.Array:
+  """What `gather` returned, constrained to stay there: its gradient is gathered too before it is split."""
+  return constrain(w, _without_batch_axes(spec(*axes, kind='weights')))
 
 
 def _without_batch_axes(partition: PartitionSpec) -> PartitionSpec:

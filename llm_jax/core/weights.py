@@ -157,8 +157,12 @@ def _product(x: jax.Array, w: jax.Array, first: bool, dtype: Any) -> jax.Array:
   return _dot(x, w, 1, 0 if first else 1, dtype)
 
 
-def _product_backward(first: bool, dtype: Any, saved: tuple, dy: jax.Array) -> tuple[jax.Array, jax.Array]:
-  """Both gradients as products that give their results in the right order; jax's own rule transposes that of the weight."""
+def _product_backward(
+  first: bool, dtype: Any, saved: tuple, dy: jax.Array
+) -> tuple[jax.Array, jax.Array]:
+  """Both gradients as products that give their results in the right order; jax's own rule transposes that of the
+  weight.
+  """
   del dtype
   x, w = saved
   dy = dy.astype(x.dtype)
@@ -171,7 +175,9 @@ def _dot(a: jax.Array, b: jax.Array, i: int, j: int, dtype: Any) -> jax.Array:
   return jax.lax.dot_general(a, b, (((i,), (j,)), ((), ())), preferred_element_type=dtype)
 
 
-_product.defvjp(lambda x, w, first, dtype: (_product(x, w, first, dtype), (x, w)), _product_backward)
+_product.defvjp(
+  lambda x, w, first, dtype: (_product(x, w, first, dtype), (x, w)), _product_backward
+)
 
 
 @functools.singledispatch
@@ -238,7 +244,8 @@ def _lookup(table: Any, ids: jax.Array, dtype: Any) -> jax.Array:
   whole = mesh.gather(table, (None, 'embed'))
   if mesh.is_explicit():
     return whole.at[ids].get(out_sharding=mesh.spec(*axes)).astype(dtype)
-  return mesh.shard(whole[ids].astype(dtype), *axes)
+  # a second constraint for its transpose: the rows' gradients are summed whole, then split as stored
+  return mesh.shard(mesh.settle(whole, (None, 'embed'))[ids].astype(dtype), *axes)
 
 
 @_lookup.register

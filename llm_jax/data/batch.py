@@ -17,13 +17,10 @@ padding, 1 end of document.
 """
 
 import bisect
-import functools
 from collections.abc import Callable
 from typing import NamedTuple
 
 import numpy as np
-
-from llm_jax.core.errors import UserError
 
 
 class Layout(NamedTuple):

@@ -51,7 +51,9 @@ def run_task(folder: str, corpus: Any, vocab: Any, split: str) -> None:
     f'tokenising {corpus.name} ({split}), once: the result is kept in {cache.root()}',
     file=sys.stderr,
   )
-  corpus.documents(split)  # an empty or unreadable text is found here: TensorFlow would wrap the error in a trace
+  corpus.documents(
+    split
+  )  # an empty or unreadable text is found here: TensorFlow would wrap the error in a trace
   from llm_jax.data import seqio_bridge
 
   write(

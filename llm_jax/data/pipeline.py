@@ -54,8 +54,8 @@ def make(
   model: gives `card` (kind, vocab, length). encoder_length: slots of the encoder, default `length`. denoiser: from
   `data.denoise`. rows: `batch.pack`, `batch.concatenate` or `batch.pad`. read: `readers.mapped` (token maps) or
   `readers.tokenized` (on the fly). jitter: cut long documents elsewhere in every epoch. ramp: k -> (size, seen), the
-  rows of batch k, at most `batch`, and of all before it: see `optim.batch_size`. process_index, process_count: default jax's. Raises
-  `UserError` for whatever does not fit together, before anything is compiled.
+  rows of batch k, at most `batch`, and of all before it: see `optim.batch_size`. process_index, process_count: default
+  jax's. Raises `UserError` for whatever does not fit together, before anything is compiled.
   """
   index, count = _processes(process_index, process_count)
   check_sizes(model.card, batch, length, encoder_length, count)
@@ -123,7 +123,11 @@ class Source:
     """Leaves out the next `batches` batches without reading their tokens."""
     state = dict(self._state)
     first = state['batch']
-    rows = batches * self.batch if self._ramp is None else self._ramp(first + batches).seen - self._ramp(first).seen
+    rows = (
+      batches * self.batch
+      if self._ramp is None
+      else self._ramp(first + batches).seen - self._ramp(first).seen
+    )
     state['row'] += rows
     while state['row'] >= (size := self._block(state['block']).rows):
       state['row'] -= size

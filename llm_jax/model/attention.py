@@ -1,8 +1,8 @@
 """Attention as mixers: `(x [batch, t, embed], ctx, state) -> (y [batch, t, embed], state)`.
 
 Without a state the call sees the whole sequence. With one it writes the new keys and values into the slots that equal
-their positions and looks at all slots up to its own position, so prefill and decoding are one call with different t. A slot at or
-beyond the state's length is not written.
+their positions and looks at all slots up to its own position, so prefill and decoding are one call with different t. A
+slot at or beyond the state's length is not written.
 """
 
 from collections.abc import Callable
@@ -23,7 +23,8 @@ State = dict[str, jax.Array]
 class Context(NamedTuple):
   """What every layer of a stack is told besides its input.
 
-  mask: who sees whom. positions: int [batch or 1, t]. bias: f32, broadcastable to [batch, heads, t, s], added to the logits.
+  mask: who sees whom. positions: int [batch or 1, t]. bias: f32, broadcastable to [batch, heads, t, s], added to the
+  logits.
   rng: the layer's dropout key, None for none. encoded: [batch, s, embed], what cross-attention reads. encoded_mask: who
   sees whom there.
   """
@@ -40,19 +41,25 @@ def _sizes(module: nn.Module, embed: int) -> tuple[int, int, int]:
   """(heads, groups, head_dim) with the defaults filled in."""
   heads, groups = module.heads, module.groups or module.heads
   if heads % groups:
-    raise UserError(f'{heads} heads do not divide over {groups} groups of keys; choose groups that divide heads')
+    raise UserError(
+      f'{heads} heads do not divide over {groups} groups of keys; choose groups that divide heads'
+    )
   if module.head_dim is None and embed % heads:
     raise UserError(f'embed={embed} does not divide by heads={heads}; set head_dim or change heads')
   return heads, groups, module.head_dim or embed // heads
 
 
-def _project(module: nn.Module, name: str, x: jax.Array, letter: str, shape: tuple[int, int]) -> jax.Array:
+def _project(
+  module: nn.Module, name: str, x: jax.Array, letter: str, shape: tuple[int, int]
+) -> jax.Array:
   """[b, t, embed] -> [b, t, heads or groups, head_dim]."""
   axes = weights.axes_of(f'd{letter}k')
   w = param.weight(module, name, (x.shape[-1], *shape), axes, name)
   y = weights.einsum(f'btd,d{letter}k->bt{letter}k', x, w)
   if module.bias:
-    y = weights.add(y, param.weight(module, f'{name}_bias', shape, axes[1:], param.zeros), f'{letter}k')
+    y = weights.add(
+      y, param.weight(module, f'{name}_bias', shape, axes[1:], param.zeros), f'{letter}k'
+    )
   return y
 
 
@@ -65,7 +72,9 @@ def _output(module: nn.Module, y: jax.Array, embed: int) -> jax.Array:
   return y
 
 
-def _attend(module: nn.Module, q: jax.Array, k: jax.Array, v: jax.Array, mask: Mask, ctx: Context, bias: Any) -> jax.Array:
+def _attend(
+  module: nn.Module, q: jax.Array, k: jax.Array, v: jax.Array, mask: Mask, ctx: Context, bias: Any
+) -> jax.Array:
   return module.kernel(
     q, k, v, mask, bias, scale=module.scale, cap=module.cap, dropout=module.dropout, rng=ctx.rng
   )
@@ -86,8 +95,8 @@ class SelfAttention(nn.Module):
   """Multi-head, grouped-query or multi-query attention (Vaswani et al. 2017, arXiv:1706.03762, section 3.2).
 
   heads: of the queries. groups: of keys and values, None = heads. head_dim: None = embed / heads. bias: on all four
-  projections. rotate: a rotation of queries and keys by their positions, or None. scale: of the logits, None = 1/sqrt(head_dim). cap: soft cap
-  of the logits. dropout: on the probabilities.
+  projections. rotate: a rotation of queries and keys by their positions, or None. scale: of the logits, None =
+  1/sqrt(head_dim). cap: soft cap of the logits. dropout: on the probabilities.
   """
 
   heads: int
@@ -101,7 +110,9 @@ class SelfAttention(nn.Module):
   dropout: float = 0.0
 
   @nn.compact
-  def __call__(self, x: jax.Array, ctx: Context, state: State | None = None) -> tuple[jax.Array, State | None]:
+  def __call__(
+    self, x: jax.Array, ctx: Context, state: State | None = None
+  ) -> tuple[jax.Array, State | None]:
     heads, groups, head_dim = _sizes(self, x.shape[-1])
     q = _project(self, 'query', x, 'h', (heads, head_dim))
     k = _project(self, 'key', x, 'g', (groups, head_dim))
@@ -123,7 +134,8 @@ class SelfAttention(nn.Module):
 class CrossAttention(nn.Module):
   """Attention of a decoder to `ctx.encoded`; fields as in `SelfAttention`.
 
-  Its state is the projected encoder output and who may see it: `{}` asks for it to be made, and once made `ctx.encoded` is not read.
+  Its state is the projected encoder output and who may see it: `{}` asks for it to be made, and once made `ctx.encoded`
+  is not read.
   """
 
   heads: int
@@ -136,7 +148,9 @@ class CrossAttention(nn.Module):
   dropout: float = 0.0
 
   @nn.compact
-  def __call__(self, x: jax.Array, ctx: Context, state: State | None = None) -> tuple[jax.Array, State | None]:
+  def __call__(
+    self, x: jax.Array, ctx: Context, state: State | None = None
+  ) -> tuple[jax.Array, State | None]:
     heads, groups, head_dim = _sizes(self, x.shape[-1])
     q = _project(self, 'query', x, 'h', (heads, head_dim))
     mask = ctx.encoded_mask

@@ -30,7 +30,9 @@ class Block(nn.Module):
   dropout: float = 0.0
 
   @nn.compact
-  def __call__(self, x: jax.Array, ctx: Context, state: dict | None = None) -> tuple[jax.Array, dict | None, dict]:
+  def __call__(
+    self, x: jax.Array, ctx: Context, state: dict | None = None
+  ) -> tuple[jax.Array, dict | None, dict]:
     after, aux = {}, {}
 
     def mix(number: int, name: str, make: Callable) -> Callable:

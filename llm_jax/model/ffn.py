@@ -55,13 +55,15 @@ def identity(x: jax.Array) -> jax.Array:
 
 
 def llama_hidden(embed: int) -> int:
-  """8d/3 rounded up to a multiple of 256, so that three matrices cost what two of width 4d did (Touvron et al. 2023)."""
+  """8d/3 rounded up to a multiple of 256: three matrices for the price of two of width 4d (LLaMA)."""
   return 256 * -(-8 * embed // (3 * 256))
 
 
 def _up(module: nn.Module, name: str, x: jax.Array) -> jax.Array:
   shape = (x.shape[-1], module.hidden)
-  y = weights.einsum('btd,df->btf', x, param.weight(module, name, shape, ('embed', 'ffn'), 'ffn_in'))
+  y = weights.einsum(
+    'btd,df->btf', x, param.weight(module, name, shape, ('embed', 'ffn'), 'ffn_in')
+  )
   if module.bias:
     y = weights.add(y, param.weight(module, f'{name}_bias', shape[1:], ('ffn',), param.zeros), 'f')
   return y
@@ -69,7 +71,11 @@ def _up(module: nn.Module, name: str, x: jax.Array) -> jax.Array:
 
 def _down(module: nn.Module, h: jax.Array, embed: int, rng: jax.Array | None) -> jax.Array:
   h = dropout(h, module.dropout, rng)
-  y = weights.einsum('btf,fd->btd', h, param.weight(module, 'down', (module.hidden, embed), ('ffn', 'embed'), 'ffn_out'))
+  y = weights.einsum(
+    'btf,fd->btd',
+    h,
+    param.weight(module, 'down', (module.hidden, embed), ('ffn', 'embed'), 'ffn_out'),
+  )
   if module.bias:
     y = weights.add(y, param.weight(module, 'down_bias', (embed,), ('embed',), param.zeros), 'd')
   return y

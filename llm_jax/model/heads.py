@@ -14,8 +14,9 @@ from llm_jax.model.dropout import dropout as drop
 class Embedding(nn.Module):
   """A vector for every id.
 
-  scaled: times sqrt(embed) (Vaswani et al. 2017, section 3.4). dropout: on the result, positions included. gradient: the share a of the
-  gradient that reaches the table, e = a * e + (1 - a) * stop_gradient(e) (GLM-130B, Zeng et al. 2022, arXiv:2210.02414, section 3.1: 0.1).
+  scaled: times sqrt(embed) (Vaswani et al. 2017, section 3.4). dropout: on the result, positions included. gradient:
+  the share a of the gradient that reaches the table, e = a * e + (1 - a) * stop_gradient(e) (GLM-130B, Zeng et al.
+  2022, arXiv:2210.02414, section 3.1: 0.1).
   """
 
   scaled: bool = False

@@ -1,7 +1,7 @@
 """Initialisation recipes: the standard deviation of every weight by its role (OPT-019).
 
-A recipe is `(role, shape, axes, embed, residuals) -> initialiser`, with `residuals` the number of residual additions in the
-stack (2 per decoder block). All of them draw from a normal distribution; scales start at 1 and biases at 0.
+A recipe is `(role, shape, axes, embed, residuals) -> initialiser`, with `residuals` the number of residual additions in
+the stack (2 per decoder block). All of them draw from a normal distribution; scales start at 1 and biases at 0.
 Roles: embedding, positions, query, key, value, attention_out, ffn_in, ffn_out, head, buckets.
 """
 
@@ -15,7 +15,9 @@ def normal(std: float) -> param.Initializer:
   return lambda key, shape: std * jax.random.normal(key, shape)
 
 
-def gpt2(role: str, shape: tuple, axes: tuple, embed: int, residuals: int, *, std: float = 0.02) -> param.Initializer:
+def gpt2(
+  role: str, shape: tuple, axes: tuple, embed: int, residuals: int, *, std: float = 0.02
+) -> param.Initializer:
   """0.02 everywhere, the projections back into the residual stream divided by the root of the number of residual
   additions (Radford et al. 2019, section 2.3)."""
   del shape, axes, embed
@@ -43,4 +45,6 @@ def palm(role: str, shape: tuple, axes: tuple, embed: int, residuals: int) -> pa
   del residuals
   if role == 'embedding':
     return normal(1.0)
-  return normal(embed**-0.5 if role in ('buckets', 'positions') else param.fan_in(shape, axes) ** -0.5)
+  return normal(
+    embed**-0.5 if role in ('buckets', 'positions') else param.fan_in(shape, axes) ** -0.5
+  )

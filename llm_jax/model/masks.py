@@ -28,7 +28,9 @@ class Mask(NamedTuple):
   @property
   def static(self) -> bool:
     """Whether the mask is known from the shapes alone: everything, or causal."""
-    return self.segments is None and (not self.causal or (self.prefix is None and self.queries is None))
+    return self.segments is None and (
+      not self.causal or (self.prefix is None and self.queries is None)
+    )
 
   def rows(self, start: int, stop: int) -> 'Mask':
     """The mask of the queries start..stop-1 against the keys before `stop`, for a causal mask over a whole sequence."""

@@ -17,7 +17,9 @@ Sublayers = Sequence[tuple[str, Callable[[jax.Array], jax.Array]]]
 
 
 class LayerNorm(nn.Module):
-  """(x - mean) / sqrt(variance + eps) * scale + bias over the last axis, statistics in f32 (Ba et al. 2016, arXiv:1607.06450)."""
+  """(x - mean) / sqrt(variance + eps) * scale + bias over the last axis, statistics in f32 (Ba et al. 2016,
+  arXiv:1607.06450).
+  """
 
   eps: float = 1e-5
   bias: bool = True
@@ -34,7 +36,9 @@ class LayerNorm(nn.Module):
 
 
 class RMSNorm(nn.Module):
-  """x / sqrt(mean(x^2) + eps) * scale over the last axis, statistics in f32 (Zhang & Sennrich 2019, arXiv:1910.07467, eq. 4)."""
+  """x / sqrt(mean(x^2) + eps) * scale over the last axis, statistics in f32 (Zhang & Sennrich 2019, arXiv:1910.07467,
+  eq. 4).
+  """
 
   eps: float = 1e-6
 
@@ -42,7 +46,9 @@ class RMSNorm(nn.Module):
   def __call__(self, x: jax.Array) -> jax.Array:
     y = x.astype(jnp.float32)
     y = y * jax.lax.rsqrt(jnp.mean(jnp.square(y), axis=-1, keepdims=True) + self.eps)
-    return (y * weights.dense(param.weight(self, 'scale', x.shape[-1:], ('norm',), param.ones))).astype(x.dtype)
+    return (
+      y * weights.dense(param.weight(self, 'scale', x.shape[-1:], ('norm',), param.ones))
+    ).astype(x.dtype)
 
 
 def pre(x: jax.Array, sublayers: Sublayers, norm: Callable) -> jax.Array:
@@ -67,7 +73,9 @@ def sandwich(x: jax.Array, sublayers: Sublayers, norm: Callable) -> jax.Array:
 
 
 def parallel(x: jax.Array, sublayers: Sublayers, norm: Callable) -> jax.Array:
-  """x + attention(norm(x)) + ffn(norm(x)) with one norm (GPT-J; PaLM, Chowdhery et al. 2022, arXiv:2204.02311, section 2)."""
+  """x + attention(norm(x)) + ffn(norm(x)) with one norm (GPT-J; PaLM, Chowdhery et al. 2022, arXiv:2204.02311, section
+  2).
+  """
   y = norm('norm')(x)
   return x + sum(sublayer(y) for _, sublayer in sublayers)
 

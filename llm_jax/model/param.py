@@ -18,7 +18,9 @@ from flax.core import meta
 from llm_jax.core import tree as tree_lib
 
 Initializer = Callable[[jax.Array, tuple[int, ...]], jax.Array]  # (key, shape) -> f32 array
-Recipe = Callable[[str, tuple[int, ...], tuple[str, ...], int, int], Initializer]  # see model/init.py
+Recipe = Callable[
+  [str, tuple[int, ...], tuple[str, ...], int, int], Initializer
+]  # see model/init.py
 
 
 class Box(struct.PyTreeNode, meta.AxisMetadata):
@@ -41,7 +43,13 @@ class Box(struct.PyTreeNode, meta.AxisMetadata):
     raise NotImplementedError('layers are stacked by model/stack.py, not by a lifted transform')
 
 
-def weight(module: nn.Module, name: str, shape: tuple[int, ...], axes: tuple[str, ...], init: str | Initializer) -> Any:
+def weight(
+  module: nn.Module,
+  name: str,
+  shape: tuple[int, ...],
+  axes: tuple[str, ...],
+  init: str | Initializer,
+) -> Any:
   """The weight `name` of `module`, declared on the way: an f32 array, or whatever leaf the parameters hold there.
 
   init: a role that the recipes of `model/init.py` know (`'query'`, `'ffn_out'`, ...), or an initialiser for a
@@ -59,11 +67,13 @@ def weight(module: nn.Module, name: str, shape: tuple[int, ...], axes: tuple[str
 
 
 def ones(key: jax.Array, shape: tuple[int, ...]) -> jax.Array:
+  """The initialiser of scales."""
   del key
   return jnp.ones(shape, jnp.float32)
 
 
 def zeros(key: jax.Array, shape: tuple[int, ...]) -> jax.Array:
+  """The initialiser of biases."""
   del key
   return jnp.zeros(shape, jnp.float32)
 
@@ -77,9 +87,13 @@ def declare(module: nn.Module, *args: Any) -> dict:
 
   def init(key: jax.Array, arrays: list) -> dict:
     found = iter(arrays)
-    return module.init(key, *(next(found) if isinstance(a, jax.ShapeDtypeStruct) else a for a in args))
+    return module.init(
+      key, *(next(found) if isinstance(a, jax.ShapeDtypeStruct) else a for a in args)
+    )
 
-  with jax.sharding.use_abstract_mesh(jax.sharding.AbstractMesh((), ())):  # batch 1 splits over no mesh
+  with jax.sharding.use_abstract_mesh(
+    jax.sharding.AbstractMesh((), ())
+  ):  # batch 1 splits over no mesh
     variables = jax.eval_shape(init, jax.random.key(0), abstract)
   return variables.get('params', {})
 
@@ -95,12 +109,15 @@ def stack(boxes: Any, layers: int) -> Any:
 
 
 def is_box(x: Any) -> bool:
+  """Whether `x` is a declared weight, for `is_leaf`."""
   return isinstance(x, Box)
 
 
 def unbox(boxes: Any) -> tuple[Any, Any]:
   """(abstract parameters, axis names): two trees of one structure."""
-  return tuple(jax.tree.map(get, boxes, is_leaf=is_box) for get in (lambda b: b.value, lambda b: b.axes))
+  return tuple(
+    jax.tree.map(get, boxes, is_leaf=is_box) for get in (lambda b: b.value, lambda b: b.axes)
+  )
 
 
 def sample(boxes: Any, key: jax.Array, recipe: Recipe, embed: int, residuals: int) -> Any:

@@ -22,7 +22,9 @@ from llm_jax.model import param
 
 
 class Sinusoidal(nn.Module):
-  """PE[p, 2i] = sin(p / base^(2i/d)), PE[p, 2i+1] = cos(p / base^(2i/d)) (Vaswani et al. 2017, arXiv:1706.03762, section 3.5)."""
+  """PE[p, 2i] = sin(p / base^(2i/d)), PE[p, 2i+1] = cos(p / base^(2i/d)) (Vaswani et al. 2017, arXiv:1706.03762,
+  section 3.5).
+  """
 
   base: float = 10000.0
 
@@ -30,7 +32,9 @@ class Sinusoidal(nn.Module):
     """positions: int [batch or 1, t]. Returns f32 [batch or 1, t, embed]."""
     del length
     angle = positions[..., None] * frequencies(embed, self.base)
-    return jnp.stack([jnp.sin(angle), jnp.cos(angle)], axis=-1).reshape(*positions.shape, -1)[..., :embed]
+    return jnp.stack([jnp.sin(angle), jnp.cos(angle)], axis=-1).reshape(*positions.shape, -1)[
+      ..., :embed
+    ]
 
 
 class Learned(nn.Module):
@@ -52,28 +56,38 @@ def frequencies(size: int, base: float) -> np.ndarray:
   return (base ** (-np.arange(0, size, 2, dtype=np.float64) / size)).astype(np.float32)
 
 
-def _rotation(x: jax.Array, positions: jax.Array, base: float, fraction: float) -> tuple[jax.Array, jax.Array, int]:
+def _rotation(
+  x: jax.Array, positions: jax.Array, base: float, fraction: float
+) -> tuple[jax.Array, jax.Array, int]:
   """(cos, sin) f32 [batch or 1, t, 1, rotated / 2] and the number of rotated entries of a head."""
   rotated = 2 * round(x.shape[-1] * fraction / 2)
   if not 0 < rotated <= x.shape[-1]:
-    raise UserError(f'rope: fraction={fraction} of a head of {x.shape[-1]} rotates {rotated} entries; choose one in (0, 1]')
+    raise UserError(
+      f'rope: fraction={fraction} of a head of {x.shape[-1]} rotates {rotated} entries; choose one in (0, 1]'
+    )
   angle = (positions[..., None] * frequencies(rotated, base))[:, :, None, :]
   return jnp.cos(angle), jnp.sin(angle), rotated
 
 
-def rope(x: jax.Array, positions: jax.Array, *, base: float = 10000.0, fraction: float = 1.0) -> jax.Array:
+def rope(
+  x: jax.Array, positions: jax.Array, *, base: float = 10000.0, fraction: float = 1.0
+) -> jax.Array:
   """Rotary positions on the pairs (i, i + n/2) of the first n = fraction * head_dim entries (NeoX and LLaMA layout).
 
   x: [batch, t, heads, head_dim], positions: int [batch or 1, t]. Pair i turns by p * base^(-2i/n)
   (Su et al. 2021, arXiv:2104.09864, eq. 34).
   """
   cos, sin, n = _rotation(x, positions, base, fraction)
-  first, second, rest = x[..., : n // 2], x[..., n // 2 : n], x[..., n:]
-  parts = [first * cos - second * sin, second * cos + first * sin]
-  return jnp.concatenate([*(p.astype(x.dtype) for p in parts), rest], axis=-1)
+  cos, sin = jnp.concatenate([cos, cos], axis=-1), jnp.concatenate([-sin, sin], axis=-1)
+  turned, rest = x[..., :n], x[..., n:]
+  # rolled rather than put together from two halves: on CPU the gradient of that costs as much as a projection
+  turned = (turned * cos + jnp.roll(turned, n // 2, axis=-1) * sin).astype(x.dtype)
+  return turned if n == x.shape[-1] else jnp.concatenate([turned, rest], axis=-1)
 
 
-def rope_interleaved(x: jax.Array, positions: jax.Array, *, base: float = 10000.0, fraction: float = 1.0) -> jax.Array:
+def rope_interleaved(
+  x: jax.Array, positions: jax.Array, *, base: float = 10000.0, fraction: float = 1.0
+) -> jax.Array:
   """`rope` on the neighbouring pairs (2i, 2i + 1): the layout of the paper, GPT-J and GLM."""
   cos, sin, n = _rotation(x, positions, base, fraction)
   even, odd, rest = x[..., 0:n:2], x[..., 1:n:2], x[..., n:]
@@ -103,7 +117,8 @@ class Alibi(nn.Module):
 
 
 def bucket(relative: jax.Array, bidirectional: bool, buckets: int, distance: int) -> jax.Array:
-  """The T5 bucket in [0, buckets) of a relative position key - query (Raffel et al. 2020, arXiv:1910.10683, section 2.1).
+  """The T5 bucket in [0, buckets) of a relative position key - query (Raffel et al. 2020, arXiv:1910.10683, section
+  2.1).
 
   Half of the buckets are exact distances, half are logarithmic up to `distance`, beyond which all share the last.
   Bidirectional: half of the buckets for keys after the query; else those all fall into bucket 0.
@@ -116,12 +131,18 @@ def bucket(relative: jax.Array, bidirectional: bool, buckets: int, distance: int
   else:
     n = jnp.maximum(-relative, 0)
   exact = buckets // 2
-  far = jnp.log(jnp.maximum(n, 1).astype(jnp.float32) / exact) / math.log(distance / exact) * (buckets - exact)
+  far = (
+    jnp.log(jnp.maximum(n, 1).astype(jnp.float32) / exact)
+    / math.log(distance / exact)
+    * (buckets - exact)
+  )
   return start + jnp.where(n < exact, n, jnp.minimum(exact + far.astype(jnp.int32), buckets - 1))
 
 
 class Buckets(nn.Module):
-  """A trained scalar per head and bucket of distance on the logits, one table for all layers of a stack (Raffel et al. 2020)."""
+  """A trained scalar per head and bucket of distance on the logits, one table for all layers of a stack (Raffel et al.
+  2020).
+  """
 
   buckets: int = 32
   distance: int = 128
@@ -129,7 +150,9 @@ class Buckets(nn.Module):
   @nn.compact
   def __call__(self, queries: jax.Array, keys: int, heads: int, bidirectional: bool) -> jax.Array:
     """queries: int [batch or 1, t], keys: how many. Returns f32 [batch or 1, heads, t, keys]."""
-    table = weights.dense(param.weight(self, 'table', (self.buckets, heads), ('buckets', 'heads'), 'buckets'))
+    table = weights.dense(
+      param.weight(self, 'table', (self.buckets, heads), ('buckets', 'heads'), 'buckets')
+    )
     ids = bucket(jnp.arange(keys) - queries[:, :, None], bidirectional, self.buckets, self.distance)
     # One-hot product rather than a gather: its gradient is a matmul, not a scatter of t * s rows into 32.
     one_hot = jax.nn.one_hot(ids, self.buckets, dtype=table.dtype)

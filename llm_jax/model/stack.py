@@ -43,8 +43,8 @@ class Segment(NamedTuple):
 def segments(layers: int | tuple, block: Callable | tuple) -> tuple[Segment, ...]:
   """The segments of a stack.
 
-  layers: the number of blocks, or one number per segment. block: a block factory, or a tuple of them as the repeating pattern; with
-  several segments one of these per segment. Raises `UserError` when a pattern does not divide its layers.
+  layers: the number of blocks, or one number per segment. block: a block factory, or a tuple of them as the repeating
+  pattern; with several segments one of these per segment. Raises `UserError` when a pattern does not divide its layers.
   """
   if not isinstance(layers, tuple):
     layers, block = (layers,), (block,)
@@ -91,7 +91,12 @@ def initial(stack: tuple[Segment, ...], batch: int, length: int, embed: int, dty
 
 
 def run(
-  stack: tuple[Segment, ...], runner: Callable, params: dict, x: jax.Array, ctx: Context, states: dict | None
+  stack: tuple[Segment, ...],
+  runner: Callable,
+  params: dict,
+  x: jax.Array,
+  ctx: Context,
+  states: dict | None,
 ) -> tuple[jax.Array, dict | None, dict[str, jax.Array]]:
   """All segments, one after the other. x: [batch, t, embed]."""
   after, total, first = {}, {}, 0
@@ -133,7 +138,13 @@ def _policy(remat: str) -> Callable | None:
 
 
 def scan(
-  apply: Callable, params: dict, x: jax.Array, states: dict | None, repeats: int, *, remat: str = 'none'
+  apply: Callable,
+  params: dict,
+  x: jax.Array,
+  states: dict | None,
+  repeats: int,
+  *,
+  remat: str = 'none',
 ) -> tuple[jax.Array, dict | None, dict[str, jax.Array]]:
   """`jax.lax.scan` over the repeats: one layer is compiled, however many there are."""
   policy = _policy(remat)
@@ -149,7 +160,13 @@ def scan(
 
 
 def loop(
-  apply: Callable, params: dict, x: jax.Array, states: dict | None, repeats: int, *, remat: str = 'none'
+  apply: Callable,
+  params: dict,
+  x: jax.Array,
+  states: dict | None,
+  repeats: int,
+  *,
+  remat: str = 'none',
 ) -> tuple[jax.Array, dict | None, dict[str, jax.Array]]:
   """One copy of the program per repeat: slower to compile, no stacking of what the backward pass needs."""
   policy = _policy(remat)
@@ -170,7 +187,9 @@ def _unstack(tree: Any, n: int) -> list[Any]:
   Indexing n times would give n gradients of the full size, each zero but for one slice, to be summed.
   """
   leaves, treedef = jax.tree.flatten(tree)
-  slices = [_slices(leaf, n) if jnp.issubdtype(leaf.dtype, jnp.inexact) else list(leaf) for leaf in leaves]
+  slices = [
+    _slices(leaf, n) if jnp.issubdtype(leaf.dtype, jnp.inexact) else list(leaf) for leaf in leaves
+  ]
   return [treedef.unflatten([s[i] for s in slices]) for i in range(n)]
 
 

@@ -21,9 +21,10 @@ import jax.numpy as jnp
 from llm_jax.core import mesh
 from llm_jax.core import tree as tree_lib
 from llm_jax.core.errors import UserError, nearest
-from llm_jax.model import ffn, heads, init, norms, param, stack
+from llm_jax.model import heads, init, norms, param, stack
 from llm_jax.model import positions as positions_lib
 from llm_jax.model.attention import Context
+from llm_jax.model.card import Card, describe
 from llm_jax.model.masks import Mask
 
 Params = Any  # nested dicts of arrays or of the leaf types of core/weights.py
@@ -35,45 +36,13 @@ PADDED = -1e30  # the logit of a row that pads the vocabulary: probability 0, an
 class Hidden(NamedTuple):
   """What the layers make of a batch.
 
-  x: [batch, length, embed], after the final norm. states: as given, moved on; None without. aux: scalar losses by name, summed over layers.
+  x: [batch, length, embed], after the final norm. states: as given, moved on; None without. aux: scalar losses by name,
+  summed over layers.
   """
 
   x: jax.Array
   states: Any
   aux: dict[str, jax.Array]
-
-
-class Card(NamedTuple):
-  """The numbers of a model from which its size, FLOPs and memory follow (see model/count.py).
-
-  kind: 'causal', 'prefix' or 'encoder_decoder'. vocab: ids; rows: of the embedding table (vocab padded). layers: of the decoder,
-  encoder_layers: of the encoder (0 without). length: the longest context, None = unlimited. heads, groups, head_dim, ffn (hidden size), gated
-  and the biases are those of the first decoder block; None where it has no such part. norm, residual, positions: names; positions is one of
-  'rope', 'rope_interleaved', 'Learned', 'Sinusoidal', 'Alibi', 'Buckets', 'none'. buckets: rows of the relative table (0 without).
-  """
-
-  kind: str
-  vocab: int
-  rows: int
-  embed: int
-  layers: int
-  encoder_layers: int
-  length: int | None
-  heads: int | None
-  groups: int | None
-  head_dim: int | None
-  ffn: int | None
-  gated: bool
-  attention_bias: bool
-  ffn_bias: bool
-  norm: str
-  norm_bias: bool
-  residual: str
-  final_norm: bool
-  positions: str
-  buckets: int
-  tied: bool
-  dtype: str
 
 
 class Model(NamedTuple):
@@ -143,12 +112,17 @@ def causal(
 ) -> Model:
   """A causal decoder: every position sees those before it (Radford et al. 2018).
 
-  vocab: ids; the table gets that many rows, rounded up to `vocab_multiple`. layers, block: see `stack.segments`. length: the longest context (the
-  size of a learned position table). norm: the final one, None for post-norm blocks. positions: added to the embedding. bias: added to the attention
-  logits. init: a recipe of model/init.py. dtype: of the computation ('float32' or 'bfloat16'); parameters, softmax, norm statistics and logits are f32.
+  vocab: ids; the table gets that many rows, rounded up to `vocab_multiple`. layers, block: see `stack.segments`.
+  length: the longest context (the size of a learned position table). norm: the final one, None for post-norm blocks.
+  positions: added to the embedding. bias: added to the attention logits. init: a recipe of model/init.py. dtype: of the
+  computation ('float32' or 'bfloat16'); parameters, softmax, norm statistics and logits are f32.
   """
-  ends = _ends('causal', vocab, embed, length, dtype, embedding, positions, head, init, vocab_multiple)
-  return _decoder_only(ends, _stack('decoder', layers, block, norm, bias, runner, causal=True, bidirectional=False))
+  ends = _ends(
+    'causal', vocab, embed, length, dtype, embedding, positions, head, init, vocab_multiple
+  )
+  return _decoder_only(
+    ends, _stack('decoder', layers, block, norm, bias, runner, causal=True, bidirectional=False)
+  )
 
 
 def prefix(
@@ -168,12 +142,18 @@ def prefix(
   vocab_multiple: int = 1,
   dtype: str = 'float32',
 ) -> Model:
-  """A prefix decoder: `causal`, but the positions of batch['prefix'] are seen by all (Dong et al. 2019, arXiv:1905.03197).
+  """A prefix decoder: `causal`, but the positions of batch['prefix'] are seen by all (Dong et al. 2019,
+  arXiv:1905.03197).
 
-  The parameters are those of `causal` with the same arguments, so a causal checkpoint can be trained on as a prefix decoder.
+  The parameters are those of `causal` with the same arguments, so a causal checkpoint can be trained on as a prefix
+  decoder.
   """
-  ends = _ends('prefix', vocab, embed, length, dtype, embedding, positions, head, init, vocab_multiple)
-  return _decoder_only(ends, _stack('decoder', layers, block, norm, bias, runner, causal=True, bidirectional=True))
+  ends = _ends(
+    'prefix', vocab, embed, length, dtype, embedding, positions, head, init, vocab_multiple
+  )
+  return _decoder_only(
+    ends, _stack('decoder', layers, block, norm, bias, runner, causal=True, bidirectional=True)
+  )
 
 
 def encoder_decoder(
@@ -195,17 +175,25 @@ def encoder_decoder(
   vocab_multiple: int = 1,
   dtype: str = 'float32',
 ) -> Model:
-  """An encoder that sees all of batch['encoder/inputs'] and a causal decoder that reads its output (Vaswani et al. 2017; T5).
+  """An encoder that sees all of batch['encoder/inputs'] and a causal decoder that reads its output (Vaswani et al.
+  2017; T5).
 
-  layers, block: of the decoder, made with `block.cross_decoder`. Other arguments as in `causal`, for both stacks; the embedding and the position table are shared.
+  layers, block: of the decoder, made with `block.cross_decoder`. Other arguments as in `causal`, for both stacks; the
+  embedding and the position table are shared.
   """
-  ends = _ends('encoder_decoder', vocab, embed, length, dtype, embedding, positions, head, init, vocab_multiple)
-  encoder = _stack('encoder', encoder_layers, encoder_block, norm, bias, runner, causal=False, bidirectional=True)
+  ends = _ends(
+    'encoder_decoder', vocab, embed, length, dtype, embedding, positions, head, init, vocab_multiple
+  )
+  encoder = _stack(
+    'encoder', encoder_layers, encoder_block, norm, bias, runner, causal=False, bidirectional=True
+  )
   decoder = _stack('decoder', layers, block, norm, bias, runner, causal=True, bidirectional=False)
   return _encoder_decoder(ends, encoder, decoder)
 
 
-def _ends(kind, vocab, embed, length, dtype, embedding, positions, head, recipe, vocab_multiple) -> _Ends:
+def _ends(
+  kind, vocab, embed, length, dtype, embedding, positions, head, recipe, vocab_multiple
+) -> _Ends:
   known = dict(float32=jnp.float32, bfloat16=jnp.bfloat16)
   if dtype not in known:
     raise UserError(f'dtype {dtype!r}: {nearest(dtype, known)}')
@@ -220,7 +208,9 @@ def _stack(name, layers, block, norm, bias, runner, *, causal: bool, bidirection
 
 
 def _decoder_only(ends: _Ends, decoder: _Stack) -> Model:
-  def hidden(params: Params, batch: Batch, *, states: Any = None, rng: jax.Array | None = None) -> Hidden:
+  def hidden(
+    params: Params, batch: Batch, *, states: Any = None, rng: jax.Array | None = None
+  ) -> Hidden:
     rngs = _keys(rng, 2)
     x, positions = _embed(ends, params, batch['inputs'], batch.get('positions'), rngs[0])
     keys = _length(states) or x.shape[1]
@@ -241,12 +231,16 @@ def _decoder_only(ends: _Ends, decoder: _Stack) -> Model:
 def _encoder_decoder(ends: _Ends, encoder: _Stack, decoder: _Stack) -> Model:
   def encode(params: Params, batch: Batch, rng: jax.Array | None) -> Hidden:
     rngs, segments = _keys(rng, 2), batch.get('encoder/segments')
-    x, positions = _embed(ends, params, batch['encoder/inputs'], batch.get('encoder/positions'), rngs[0])
+    x, positions = _embed(
+      ends, params, batch['encoder/inputs'], batch.get('encoder/positions'), rngs[0]
+    )
     mask = Mask(segments=None if segments is None else (segments, segments))
     ctx = Context(mask, positions, _bias(encoder, params, mask, x.shape[1], x.shape[1]), rngs[1])
     return _run(encoder, params, x, ctx, None)
 
-  def hidden(params: Params, batch: Batch, *, states: Any = None, rng: jax.Array | None = None) -> Hidden:
+  def hidden(
+    params: Params, batch: Batch, *, states: Any = None, rng: jax.Array | None = None
+  ) -> Hidden:
     rngs = _keys(rng, 3)
     read = None if states is not None and not _unread(states) else encode(params, batch, rngs[2])
     x, positions = _embed(ends, params, batch['inputs'], batch.get('positions'), rngs[0])
@@ -263,13 +257,17 @@ def _encoder_decoder(ends: _Ends, encoder: _Stack, decoder: _Stack) -> Model:
     rows = batch['inputs'].shape[0]
     empty = _initial(decoder, ends, rows, length)
     # One step whose key and value fall outside the slots: it only leaves the cross-attention's.
-    step = dict(batch, inputs=jnp.zeros((rows, 1), jnp.int32), positions=jnp.full((rows, 1), length))
+    step = dict(
+      batch, inputs=jnp.zeros((rows, 1), jnp.int32), positions=jnp.full((rows, 1), length)
+    )
     return hidden(params, step, states=empty).states
 
   return _model(ends, hidden, states, decoder, encoder)
 
 
-def _model(ends: _Ends, hidden: Callable, states: Callable, decoder: _Stack, encoder: _Stack | None = None) -> Model:
+def _model(
+  ends: _Ends, hidden: Callable, states: Callable, decoder: _Stack, encoder: _Stack | None = None
+) -> Model:
   """The parameters of all parts, and the functions that need nothing but those."""
   x, ids = jnp.zeros((1, 1, ends.embed)), jnp.zeros((1, 1), jnp.int32)
   table = jax.ShapeDtypeStruct((ends.rows, ends.embed), jnp.float32)
@@ -284,7 +282,9 @@ def _model(ends: _Ends, hidden: Callable, states: Callable, decoder: _Stack, enc
 
   def init(key: jax.Array) -> Params:
     return {
-      name: param.sample(tree, jax.random.fold_in(key, i), ends.recipe, ends.embed, residuals.get(name, 1))
+      name: param.sample(
+        tree, jax.random.fold_in(key, i), ends.recipe, ends.embed, residuals.get(name, 1)
+      )
       for i, (name, tree) in enumerate(boxes.items())
     }
 
@@ -298,7 +298,9 @@ def _model(ends: _Ends, hidden: Callable, states: Callable, decoder: _Stack, enc
       return y
     return jnp.where(jnp.arange(ends.rows) < ends.vocab, y, PADDED)
 
-  return Model(init, param.unbox(boxes)[1], hidden, logits, head, states, _card(ends, decoder, encoder))
+  return Model(
+    init, param.unbox(boxes)[1], hidden, logits, head, states, describe(ends, decoder, encoder)
+  )
 
 
 def _declare(part: _Stack, embed: int) -> dict:
@@ -306,7 +308,9 @@ def _declare(part: _Stack, embed: int) -> dict:
   if part.norm is not None:
     tree['norm'] = param.declare(part.norm, jnp.zeros((1, 1, embed)))
   if part.bias is not None:
-    found = param.declare(part.bias, jnp.zeros((1, 1), jnp.int32), 1, _heads(part), part.bidirectional)
+    found = param.declare(
+      part.bias, jnp.zeros((1, 1), jnp.int32), 1, _heads(part), part.bidirectional
+    )
     tree.update(dict(bias=found) if found else {})
   return tree
 
@@ -318,10 +322,14 @@ def _residuals(part: _Stack) -> int:
 
 def _heads(part: _Stack) -> int:
   """The query heads of every mixer, which share one bias."""
-  made = [make() for s in part.segments for b in s.blocks for name, make in b.mixers if name == 'mixer']
+  made = [
+    make() for s in part.segments for b in s.blocks for name, make in b.mixers if name == 'mixer'
+  ]
   found = {m.heads for m in made if hasattr(m, 'heads')}
   if len(found) != 1:
-    raise UserError(f'a position bias is shared by all layers, but they have {sorted(found)} heads: use one number')
+    raise UserError(
+      f'a position bias is shared by all layers, but they have {sorted(found)} heads: use one number'
+    )
   return found.pop()
 
 
@@ -337,20 +345,26 @@ def _check_length(ends: _Ends, length: int) -> None:
     )
 
 
-def _embed(ends: _Ends, params: Params, ids: jax.Array, positions: jax.Array | None, rng: jax.Array | None) -> tuple:
+def _embed(
+  ends: _Ends, params: Params, ids: jax.Array, positions: jax.Array | None, rng: jax.Array | None
+) -> tuple:
   """ids [batch, t] -> ([batch, t, embed], positions [batch or 1, t])."""
   _check_length(ends, ids.shape[1])
   if positions is None:
     positions = jnp.arange(ids.shape[1])[None]
   x = ends.embedding.apply({'params': params['embedding']}, ids, ends.rows, ends.embed, ends.dtype)
   if ends.positions is not None:
-    p = ends.positions.apply({'params': params.get('positions', {})}, positions, ends.embed, ends.length)
+    p = ends.positions.apply(
+      {'params': params.get('positions', {})}, positions, ends.embed, ends.length
+    )
     x = x + p.astype(x.dtype)
   return mesh.shard(ends.embedding.finish(x, rng), 'batch', 'length', 'embed'), positions
 
 
 def _bias(part: _Stack, params: Params, mask: Mask, t: int, keys: int) -> jax.Array | None:
-  """The position bias on the logits, [batch or 1, heads, t, keys]: distances count slots, which inside a segment are positions."""
+  """The position bias on the logits, [batch or 1, heads, t, keys]: distances count slots, which inside a segment are
+  positions.
+  """
   if part.bias is None:
     return None
   queries = jnp.arange(t)[None] if mask.queries is None else mask.queries
@@ -400,38 +414,6 @@ def _encoded_mask(batch: Batch, segments: tuple | None) -> Mask:
   key = batch.get('encoder/segments')
   if key is None:
     return Mask()
-  return Mask(segments=(jnp.ones(batch['inputs'].shape, key.dtype) if segments is None else segments[0], key))
-
-
-def _card(ends: _Ends, decoder: _Stack, encoder: _Stack | None) -> Card:
-  block = decoder.segments[0].blocks[0]
-  mixer, feed, norm = block.mixers[0][1](), block.ffn(), block.norm()
-  count = lambda part: sum(s.repeats * len(s.blocks) for s in part.segments) if part else 0
-  query_heads = getattr(mixer, 'heads', None)
-  named = [getattr(mixer, 'rotate', None), decoder.bias, ends.positions]
-  where = [getattr(p, 'func', p) for p in named if p is not None]
-  names = [p.__name__ if hasattr(p, '__name__') else type(p).__name__ for p in where]
-  return Card(
-    kind=ends.kind,
-    vocab=ends.vocab,
-    rows=ends.rows,
-    embed=ends.embed,
-    layers=count(decoder),
-    encoder_layers=count(encoder),
-    length=ends.length,
-    heads=query_heads,
-    groups=query_heads and (mixer.groups or query_heads),
-    head_dim=query_heads and (mixer.head_dim or ends.embed // query_heads),
-    ffn=getattr(feed, 'hidden', None),
-    gated=isinstance(feed, ffn.Gated),
-    attention_bias=bool(getattr(mixer, 'bias', False)),
-    ffn_bias=bool(getattr(feed, 'bias', False)),
-    norm=type(norm).__name__,
-    norm_bias=bool(getattr(norm, 'bias', False)),
-    residual=getattr(block.residual, 'func', block.residual).__name__,
-    final_norm=decoder.norm is not None,
-    positions='+'.join(names) or 'none',
-    buckets=getattr(decoder.bias, 'buckets', 0),
-    tied=ends.head.reads == 'embedding',
-    dtype=jnp.dtype(ends.dtype).name,
+  return Mask(
+    segments=(jnp.ones(batch['inputs'].shape, key.dtype) if segments is None else segments[0], key)
   )

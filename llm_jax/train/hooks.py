@@ -5,11 +5,12 @@
 spend is counted aside from training.
 """
 
+import itertools
 import math
 import os
 import re
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from typing import Any, NamedTuple
 
 import jax
@@ -35,9 +36,15 @@ class Run(NamedTuple):
 
 
 def evaluate(
-  run: Run, *, source: Callable, objective: Callable, every: int = 500, name: str = 'heldout'
+  run: Run,
+  *,
+  source: Callable,
+  objective: Callable,
+  every: int = 500,
+  batches: int | None = None,
+  name: str = 'heldout',
 ) -> Hook:
-  """Every `every` steps, and at the last, one pass over `source(run.model).once()`.
+  """Every `every` steps, and at the last, one pass over `source(run.model).once()`, or its first `batches`.
 
   objective: (model, params, batch, None) -> Loss, per target; its `nats` metric is used where it has one, so that a
   z-loss or smoothing in the objective does not count. Writes, with N nats over W targets for B bytes of text:
@@ -46,8 +53,8 @@ def evaluate(
 
   and the objective's other metrics per target. The moving average of the parameters is used where there is one.
   """
-  if every < 1:
-    raise UserError(f'evaluate: every={every} must be at least 1')
+  if every < 1 or (batches is not None and batches < 1):
+    raise UserError(f'evaluate: every={every} and batches={batches} must be at least 1')
   held = source(run.model)
   score = _scorer(run.model, objective, held.vocab)
 
@@ -56,7 +63,7 @@ def evaluate(
       return
     with run.writer.aside():
       start = time.perf_counter()
-      values = _over(score, state.averaged, held)
+      values = _over(score, state.averaged, itertools.islice(held.once(), batches))
       values['seconds'] = time.perf_counter() - start
       run.writer.write(step, {f'{name}/{key}': value for key, value in values.items()})
       if 'bits_per_byte' in values:
@@ -84,11 +91,11 @@ def _scorer(model: Any, objective: Callable, vocab: Any) -> Callable:
   return score
 
 
-def _over(score: Callable, params: Any, source: Any) -> dict[str, float]:
+def _over(score: Callable, params: Any, batches: Iterable) -> dict[str, float]:
   """The metrics of one pass. Sums are fetched one batch late, so that the device has always a next one."""
   totals: dict[str, float] = {}
   waiting = None
-  for batch in source.once():
+  for batch in batches:
     sums = score(params, mesh.place(batch))
     _add(totals, waiting)
     waiting = sums

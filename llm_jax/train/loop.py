@@ -11,7 +11,15 @@ from llm_jax.train.state import State
 Hook = Callable[[int, State, dict[str, jax.Array]], State | None]
 
 
-def train(state: State, source: Callable, update: Callable, *, steps: int, key: jax.Array, hooks: Sequence[Hook] = ()) -> State:
+def train(
+  state: State,
+  source: Callable,
+  update: Callable,
+  *,
+  steps: int,
+  key: jax.Array,
+  hooks: Sequence[Hook] = (),
+) -> State:
   """Trains until `steps` updates have been made in all; returns the last state.
 
   source: state -> batch (this process's rows). update: see `step.make`. hooks: called as `hook(step, state, metrics)`

@@ -22,7 +22,9 @@ def open_workdir(workdir: str | None) -> str:
     os.remove(probe)
   except OSError as e:
     reason = (e.strerror or str(e)).lower()
-    raise UserError(f'cannot write to --workdir={workdir} ({reason}): choose another folder or make room') from e
+    raise UserError(
+      f'cannot write to --workdir={workdir} ({reason}): choose another folder or make room'
+    ) from e
   return workdir
 
 
@@ -60,14 +62,29 @@ def summary(workdir: str, step: int, steps: int) -> str:
   """The closing lines of a run: the result, where everything lies, three commands to try next."""
   here = os.path.relpath(workdir) if not os.path.relpath(workdir).startswith('..') else workdir
   bits, loss = last_value(workdir, 'heldout/bits_per_byte'), last_value(workdir, 'loss')
-  result = f'held-out text: {bits:.3f} bits per byte' if bits is not None else f'training loss: {loss:.4f} nats per token' if loss is not None else ''
-  places = [('checkpoints/', 'weights, optimizer, data position'), ('metrics.jsonl', 'every number, one JSON object a line'),
-            ('tensorboard/', f'tensorboard --logdir={here}'), ('loss.png', 'the loss curves'), ('samples.txt', 'the samples'),
-            ('config.json', 'the config this run used')]  # fmt: skip
-  kept = [(name, what) for name, what in places if os.path.exists(os.path.join(workdir, name))]
+  result = '' if loss is None else f'training loss: {loss:.4f} nats per token'
+  if bits is not None:
+    result = f'held-out text: {bits:.3f} bits per byte'
+  places = {
+    'checkpoints/': 'weights, optimizer, data position',
+    'metrics.jsonl': 'every number, one JSON object a line',
+    'tensorboard/': f'tensorboard --logdir={here}',
+    'loss.png': 'the loss curves',
+    'samples.txt': 'what the model wrote on the way',
+    'config.json': 'the config this run used',
+  }
+  there = {n: what for n, what in places.items() if os.path.exists(os.path.join(workdir, n))}
+  commands = {
+    f'llm-jax generate --workdir={here} --prompt="ROMEO:"': 'let it write',
+    f'llm-jax train --config={here}/config.json --config.seed=1 --workdir={here}-seed1': 'again, another seed',
+    'llm-jax train --config=configs/pretrain/ul2.py --workdir=runs/ul2': 'another objective',
+  }
+  width = max(map(len, commands))
   lines = [f'Finished: step {step} of {steps}. {result}'.rstrip(), '', f'In {here}:']
-  lines += [f'  {name:14}{what}' for name, what in kept]
-  lines += ['', 'Try next:', f'  llm-jax generate --workdir={here} --prompt="ROMEO:"']
-  lines += [f'  llm-jax train --config={here}/config.json --config.steps={2 * steps} --workdir={here}   # go on']
-  lines += ['  llm-jax train --config=configs/pretrain/ul2.py --workdir=runs/ul2   # another objective']
+  lines += [f'  {name:14}{what}' for name, what in there.items()]
+  lines += [
+    '',
+    'Try next:',
+    *(f'  {command:{width}}  # {what}' for command, what in commands.items()),
+  ]
   return '\n' + '\n'.join(lines)

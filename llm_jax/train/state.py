@@ -64,7 +64,9 @@ def layout(model: Any, tx: Any, trainable: str | None = None) -> Layout | None:
   )
 
 
-def create(model: Any, tx: Any, seed: int, *, trainable: str | None = None, layout: Layout | None = None) -> State:
+def create(
+  model: Any, tx: Any, seed: int, *, trainable: str | None = None, layout: Layout | None = None
+) -> State:
   """The state at step 0, each array made where it will live."""
 
   def make(key: jax.Array) -> State:
@@ -72,4 +74,6 @@ def create(model: Any, tx: Any, seed: int, *, trainable: str | None = None, layo
     return State(jnp.zeros((), jnp.int32), params, tx.init(trained(params, trainable)))
 
   with mesh.outside():  # a dummy batch of one passes through `init`: nothing there can be split
-    return jax.jit(make, out_shardings=None if layout is None else layout.state)(jax.random.key(seed))
+    return jax.jit(make, out_shardings=None if layout is None else layout.state)(
+      jax.random.key(seed)
+    )

@@ -18,7 +18,12 @@ Update = Callable[[State, Any, jax.Array], tuple[State, dict[str, jax.Array]]]
 
 
 def make(
-  objective: Callable, tx: Any, layout: Layout | None = None, *, microbatches: int = 1, trainable: str | None = None
+  objective: Callable,
+  tx: Any,
+  layout: Layout | None = None,
+  *,
+  microbatches: int = 1,
+  trainable: str | None = None,
 ) -> Update:
   """The jitted `update(state, batch, key) -> (state, metrics)`; the old state's buffers are reused.
 
@@ -27,7 +32,9 @@ def make(
   metrics: f32 scalars: loss, weight, grad_norm, param_norm, learning_rate, and the objective's own, each per weight.
   """
 
-  def update(state: State, batch: dict[str, jax.Array], key: jax.Array) -> tuple[State, dict[str, jax.Array]]:
+  def update(
+    state: State, batch: dict[str, jax.Array], key: jax.Array
+  ) -> tuple[State, dict[str, jax.Array]]:
     key = jax.random.fold_in(key, state.step)
     chosen = True if trainable is None else tree.select(state.params, trainable)
     params, frozen = (state.params, None) if trainable is None else tree.split(state.params, chosen)
@@ -36,7 +43,9 @@ def make(
       out = objective(params if trainable is None else tree.merge(params, frozen), batch, key)
       return out.sum, out
 
-    grads, total = _accumulate(jax.grad(loss, has_aux=True), params, batch, key, microbatches, layout)
+    grads, total = _accumulate(
+      jax.grad(loss, has_aux=True), params, batch, key, microbatches, layout
+    )
     weight = jnp.where(total.weight > 0, total.weight, 1).astype(jnp.float32)
     grads = jax.tree.map(lambda g: g / weight.astype(g.dtype), grads)
     updates, opt_state = tx.update(grads, state.opt_state, params)
@@ -47,13 +56,17 @@ def make(
     rate = optax.tree.get(opt_state, 'learning_rate')
     metrics |= {} if rate is None else dict(learning_rate=rate)
     params = params if trainable is None else tree.merge(params, frozen)
-    return State(state.step + 1, params, opt_state), jax.tree.map(lambda x: x.astype(jnp.float32), metrics)
+    return State(state.step + 1, params, opt_state), jax.tree.map(
+      lambda x: x.astype(jnp.float32), metrics
+    )
 
   shardings = {} if layout is None else dict(out_shardings=(layout.state, None))
   return jax.jit(update, donate_argnums=0, **shardings)
 
 
-def _accumulate(grad: Callable, params: Any, batch: Any, key: jax.Array, microbatches: int, layout: Layout | None):
+def _accumulate(
+  grad: Callable, params: Any, batch: Any, key: jax.Array, microbatches: int, layout: Layout | None
+):
   """(sum of the gradients, sum of the losses) over the microbatches, one after the other."""
 
   def one(batch: Any, key: jax.Array):

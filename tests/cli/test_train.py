@@ -1,4 +1,4 @@
-"""`llm-jax train` as a user runs it: in a process of its own, killed, interrupted, resumed, on several processes, and given wrong input."""
+"""`llm-jax train` as a user runs it: killed, interrupted, resumed, on several processes, given wrong input."""
 
 import json
 import os
@@ -22,20 +22,37 @@ TIMES = ('seconds', 'tokens_per_second', 'mfu', 'time')  # what may differ betwe
 def environment(devices=1, **extra):
   env = {k: v for k, v in os.environ.items() if k != 'XLA_FLAGS'}
   env['XLA_FLAGS'] = f'--xla_force_host_platform_device_count={devices}'
-  return env | {'PYTHONPATH': os.path.dirname(os.path.dirname(HERE)), 'PYTHONUNBUFFERED': '1'} | extra
+  return (
+    env | {'PYTHONPATH': os.path.dirname(os.path.dirname(HERE)), 'PYTHONUNBUFFERED': '1'} | extra
+  )
 
 
 def start(workdir, *overrides, config=CONFIG, devices=1, **env):
-  command = [sys.executable, '-m', 'llm_jax.cli.main', 'train', f'--config={config}', f'--workdir={workdir}', *overrides]
+  command = [
+    sys.executable,
+    '-m',
+    'llm_jax.cli.main',
+    'train',
+    f'--config={config}',
+    f'--workdir={workdir}',
+    *overrides,
+  ]
   return subprocess.Popen(
-    command, env=environment(devices, **env), stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, cwd=os.path.dirname(str(workdir))
+    command,
+    env=environment(devices, **env),
+    stdout=subprocess.PIPE,
+    stderr=subprocess.PIPE,
+    text=True,
+    cwd=os.path.dirname(str(workdir)),
   )
 
 
 def run(workdir, *overrides, expect=0, **kw):
   process = start(workdir, *overrides, **kw)
   out, err = process.communicate(timeout=300)
-  assert process.returncode == expect, f'exit code {process.returncode}\n{out[-2000:]}\n{err[-4000:]}'
+  assert process.returncode == expect, (
+    f'exit code {process.returncode}\n{out[-2000:]}\n{err[-4000:]}'
+  )
   return out, err
 
 
@@ -62,7 +79,9 @@ def parameters(workdir):
     'np.savez(sys.argv[2], **{k.replace("/", "|"): np.asarray(v) for k, v in tree.flatten(params).items()})\n'
   )
   path = os.path.join(str(workdir), 'params.npz')
-  subprocess.run([sys.executable, '-c', code, str(workdir), path], env=environment(), check=True, timeout=120)
+  subprocess.run(
+    [sys.executable, '-c', code, str(workdir), path], env=environment(), check=True, timeout=120
+  )
   with np.load(path) as f:
     return dict(f)
 
@@ -73,7 +92,9 @@ def assert_same_run(found, wanted, rtol=0.0):
   for step, row in wanted_metrics.items():
     assert sorted(found_metrics[step]) == sorted(row)
     for name, value in row.items():
-      np.testing.assert_allclose(found_metrics[step][name], value, rtol=rtol, err_msg=f'{name} at step {step}')
+      np.testing.assert_allclose(
+        found_metrics[step][name], value, rtol=rtol, err_msg=f'{name} at step {step}'
+      )
   got, want = parameters(found), parameters(wanted)
   assert sorted(got) == sorted(want)
   for name in want:
@@ -89,7 +110,14 @@ def finished(tmp_path_factory):
 
 def test_a_run_leaves_what_it_promises(finished):
   workdir, out = finished
-  for name in ('config.json', 'metrics.jsonl', 'samples.txt', 'vocab', 'checkpoints', 'tensorboard'):
+  for name in (
+    'config.json',
+    'metrics.jsonl',
+    'samples.txt',
+    'vocab',
+    'checkpoints',
+    'tensorboard',
+  ):
     assert (workdir / name).exists(), name
   rows = metrics(workdir)
   assert sorted(rows) == list(range(1, 9)) or sorted(rows) == list(range(9))
@@ -108,7 +136,7 @@ def test_run_again_says_that_it_is_finished(finished):
 
 
 def kill_at(workdir, moment):
-  """Starts a run and kills it -9 at `moment`, a function of the workdir that says when; True if it was still running."""
+  """Starts a run and kills it -9 when `moment(workdir)` says so; True if it was still running."""
   process = start(workdir)
   while process.poll() is None and not moment(workdir):
     time.sleep(0.002)
@@ -195,7 +223,14 @@ def run_two(workdir, *overrides):
   """Two processes of one device each, connected by jax.distributed."""
   address = f'127.0.0.1:{free_port()}'
   processes = [
-    start(workdir, '--config.mesh.data=2', *overrides, JAX_COORDINATOR_ADDRESS=address, JAX_NUM_PROCESSES='2', JAX_PROCESS_ID=str(i))
+    start(
+      workdir,
+      '--config.mesh.data=2',
+      *overrides,
+      JAX_COORDINATOR_ADDRESS=address,
+      JAX_NUM_PROCESSES='2',
+      JAX_PROCESS_ID=str(i),
+    )
     for i in range(2)
   ]
   for process in processes:
@@ -233,18 +268,46 @@ BAD_FLAGS = {
   'a group set to a number': (('--config.model=3',), 'is a group of settings', {}),
   'a missing value': (('--config.steps',), 'has no value', {}),
   'a stray argument': (('steps=3',), 'unexpected argument', {}),
-  'a function that is not there': (('--config.objective=llm_jax.objectives.language:next_tokn',), "did you mean 'next_token'", {}),
+  'a function that is not there': (
+    ('--config.objective=llm_jax.objectives.language:next_tokn',),
+    "did you mean 'next_token'",
+    {},
+  ),
   'a mesh larger than the machine': (('--config.mesh.data=64',), 'this machine has 8', {}),
   'a mesh of size zero': (('--config.mesh.data=0',), 'sizes are positive', {}),
   'a batch that does not divide over the mesh': (('--config.mesh.data=3',), 'multiple of 3', {}),
-  'a batch that does not divide into microbatches': (('--config.microbatches=3',), 'divisor of 4', {}),
-  'heads that do not divide the width': (('--config.model.block.mixer.heads=3',), 'does not divide by heads=3', {}),
-  'heads that do not divide over tensor': (('--config.mesh.tensor=4',), 'of size 2 does not divide', {}),
+  'a batch that does not divide into microbatches': (
+    ('--config.microbatches=3',),
+    'divisor of 4',
+    {},
+  ),
+  'heads that do not divide the width': (
+    ('--config.model.block.mixer.heads=3',),
+    'does not divide by heads=3',
+    {},
+  ),
+  'heads that do not divide over tensor': (
+    ('--config.mesh.tensor=4',),
+    'of size 2 does not divide',
+    {},
+  ),
   'an axis that is not there': (('--config.axes.weights.embed=fspd',), "did you mean 'fsdp'", {}),
-  'a vocabulary that does not fit the model': (('--config.model.vocab=100',), 'set model.vocab=262', {}),
+  'a vocabulary that does not fit the model': (
+    ('--config.model.vocab=100',),
+    'set model.vocab=262',
+    {},
+  ),
   'a negative learning rate': (('--config.optimizer.schedule.peak=-1.0',), 'peak', {}),
-  'a trainable regex that matches nothing': (('--config.trainable=lora',), 'matches no parameter', {}),
-  'a text file that is not there': (('--config.source.task.train=("nowhere.txt",)',), 'nowhere.txt', {}),
+  'a trainable regex that matches nothing': (
+    ('--config.trainable=lora',),
+    'matches no parameter',
+    {},
+  ),
+  'a text file that is not there': (
+    ('--config.source.task.train=("nowhere.txt",)',),
+    'nowhere.txt',
+    {},
+  ),
   'a held-out fraction of one': (('--config.source.task.heldout=1.5',), 'heldout', {}),
   'an init_from without checkpoints': (('--config.init.init_from=nowhere',), 'nowhere', {}),
   'an unknown remat policy': (('--config.model.runner.remat=some',), 'no remat policy', {}),
@@ -289,16 +352,25 @@ def test_a_workdir_that_is_a_file(tmp_path, capfd):
 
 def test_an_empty_text(tmp_path, capfd):
   (tmp_path / 'empty.txt').write_text('')
-  assert_one_line(refuse(capfd, tmp_path / 'run', f'--config.source.task.train=("{tmp_path}/empty.txt",)'), 'empty')
+  assert_one_line(
+    refuse(capfd, tmp_path / 'run', f'--config.source.task.train=("{tmp_path}/empty.txt",)'),
+    'empty',
+  )
 
 
 def test_a_text_that_is_not_utf8(tmp_path, capfd):
   (tmp_path / 'latin.txt').write_bytes('déjà vu '.encode('latin-1') * 100)
-  assert_one_line(refuse(capfd, tmp_path / 'run', f'--config.source.task.train=("{tmp_path}/latin.txt",)'), 'UTF-8')
+  assert_one_line(
+    refuse(capfd, tmp_path / 'run', f'--config.source.task.train=("{tmp_path}/latin.txt",)'),
+    'UTF-8',
+  )
 
 
 def test_a_context_longer_than_a_learned_table(tmp_path, capfd):
-  overrides = ('--config.model.positions=llm_jax.model.positions:Learned', '--config.source.length=32')
+  overrides = (
+    '--config.model.positions=llm_jax.model.positions:Learned',
+    '--config.source.length=32',
+  )
   assert_one_line(refuse(capfd, tmp_path / 'run', *overrides), 'length')
 
 
@@ -324,7 +396,9 @@ def test_a_full_disk(tmp_path):
     f'sys.exit(main(["train", "--config={CONFIG}", "--workdir={workdir}", "--config.steps=4"]))\n'
   )
   env = environment(JAX_ENABLE_COMPILATION_CACHE='false')
-  done = subprocess.run([sys.executable, '-c', code], env=env, capture_output=True, text=True, timeout=300)
+  done = subprocess.run(
+    [sys.executable, '-c', code], env=env, capture_output=True, text=True, timeout=300
+  )
   assert done.returncode == 2, done.stderr[-3000:]
   assert_one_line(done.stderr, 'large')
   run(workdir, '--config.steps=4')

@@ -20,12 +20,27 @@ def get_config(text=None):
   task = use(tasks.text, train=(TEXT,), heldout=0.2, vocab=words)
   source = use(pipeline.make, task=task, batch=arg.batch, length=arg.length)
   heldout = use(pipeline.make, task=task, batch=arg.batch, length=arg.length, split='validation')
-  layer = use(block.decoder, mixer=use(attention.SelfAttention, heads=2), ffn=use(ffn.Gated, hidden=32), dropout=0.1)
+  layer = use(
+    block.decoder,
+    mixer=use(attention.SelfAttention, heads=2),
+    ffn=use(ffn.Gated, hidden=32),
+    dropout=0.1,
+  )
   return config(
-    model=use(transformer.causal, vocab=262, embed=16, layers=2, block=layer, length=arg.length, vocab_multiple=8),
+    model=use(
+      transformer.causal,
+      vocab=262,
+      embed=16,
+      layers=2,
+      block=layer,
+      length=arg.length,
+      vocab_multiple=8,
+    ),
     source=source,
     objective=use(language.next_token, z_loss=1e-4),
-    optimizer=use(chain.make, rule=use(adafactor.adafactor), schedule=use(schedules.rsqrt, peak=0.01, hold=10)),
+    optimizer=use(
+      chain.make, rule=use(adafactor.adafactor), schedule=use(schedules.rsqrt, peak=0.01, hold=10)
+    ),
     mesh=dict(data=1, fsdp=1, expert=1, sequence=1, stage=1, tensor=1),
     axes=ZERO3,
     steps=arg.steps,

@@ -1,13 +1,9 @@
 """Rows: layouts, packing."""
 
-import itertools
-import math
 
 import numpy as np
-import pytest
 
 from llm_jax.data import batch
-from tests.data.conftest import says
 
 
 def layout(kind, length=16, encoder=12, segments=True):

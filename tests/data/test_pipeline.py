@@ -10,8 +10,8 @@ import numpy as np
 import pytest
 
 from llm_jax.core import config
-from llm_jax.optim import batch_size
 from llm_jax.data import batch, denoise, materialize, pipeline, readers, tasks, vocab
+from llm_jax.optim import batch_size
 from tests.data.conftest import model, says, store
 
 BYTES = partial(vocab.bytes_, extra_ids=60)

@@ -89,9 +89,7 @@ def test_a_query_that_sees_nothing_is_finite(kernel):
 
 def test_dropout_on_probabilities_keeps_the_mean():
   q, k, v = np.zeros((1, 1, 1, K)), np.zeros((1, 2000, 1, K)), np.ones((1, 2000, 1, K))
-  got = kernels.reference(
-    *map(jnp.float32, (q, k, v)), Mask(), dropout=0.25, rng=jax.random.key(0)
-  )
+  got = kernels.reference(*map(jnp.float32, (q, k, v)), Mask(), dropout=0.25, rng=jax.random.key(0))
   kept = float(got[0, 0, 0, 0]) * 0.75  # share of the 2000 equal probabilities that stay
   assert 0 < abs(kept - 0.75) < 3 * (0.25 * 0.75 / 2000) ** 0.5
 
@@ -109,7 +107,9 @@ CTX = Context(Mask(True), jnp.arange(T)[None])
 
 
 def weights(heads, groups, head_dim=4, bias=False):
-  shapes = dict(query=(16, heads, head_dim), key=(16, groups, head_dim), value=(16, groups, head_dim))
+  shapes = dict(
+    query=(16, heads, head_dim), key=(16, groups, head_dim), value=(16, groups, head_dim)
+  )
   shapes['out'] = (heads, head_dim, 16)
   if bias:
     shapes.update({f'{n}_bias': s[1:] for n, s in shapes.items() if n != 'out'}, out_bias=(16,))
@@ -120,7 +120,9 @@ def weights(heads, groups, head_dim=4, bias=False):
 def test_grouped_queries_are_multi_head_with_repeated_keys():
   for groups in (2, 1):
     w = weights(4, groups)
-    repeated = {n: np.repeat(x, 4 // groups, 1) if n in ('key', 'value') else x for n, x in w.items()}
+    repeated = {
+      n: np.repeat(x, 4 // groups, 1) if n in ('key', 'value') else x for n, x in w.items()
+    }
     a, _ = attention.SelfAttention(heads=4, groups=groups).apply({'params': w}, X, CTX)
     b, _ = attention.SelfAttention(heads=4).apply({'params': repeated}, X, CTX)
     np.testing.assert_allclose(a, b, atol=1e-5)

@@ -46,9 +46,7 @@ def test_zeros_have_a_finite_gradient(norm):
 def test_topologies_are_the_formulas_of_survey_table_6():
   # Scalars stand for the stream; f and g for the sublayers; the norms multiply by distinct factors.
   f, g = lambda x: x + 1.0, lambda x: x * x
-  factors = dict(
-    f_norm=2.0, f_out_norm=3.0, g_norm=5.0, g_out_norm=7.0, norm=11.0
-  )
+  factors = dict(f_norm=2.0, f_out_norm=3.0, g_norm=5.0, g_out_norm=7.0, norm=11.0)
   norm = lambda name: lambda x: factors[name] * x
   sub, x = [('f', f), ('g', g)], 1.5
 

@@ -41,39 +41,38 @@ def test_runners_and_remat_policies_agree(tiny, ids, plain, runner, remat):
   same(got, plain)
 
 
-def test_patterns_and_segments_are_layers_in_order(tiny, ids):
+@pytest.mark.parametrize('runner', [stack.scan, stack.loop])
+def test_patterns_and_segments_are_layers_in_order(tiny, ids, runner):
   thin, wide = tiny.block(), tiny.block(feed=P(ffn.MLP, hidden=8))
-  for runner in (stack.scan, stack.loop):
-    make = P(transformer.causal, vocab=tiny.VOCAB, embed=tiny.EMBED)
-    pattern = make(layers=4, block=(thin, wide), runner=runner)
-    parts = make(layers=(1, 1, 1, 1), block=(thin, wide, thin, wide), runner=runner)
-    params = tiny.large(pattern)
-    blocks = params['decoder']['layers']
-    assert blocks['block_0']['mixer']['query'].shape[0] == 2
-    pick = lambda i: {'block_0': jax.tree.map(lambda x: x[i // 2][None], blocks[f'block_{i % 2}'])}
-    split = {'layers': pick(0), **{f'layers_{i}': pick(i) for i in (1, 2, 3)}}
-    split = {**params, 'decoder': {**split, 'norm': params['decoder']['norm']}}
-    a = tiny.forward(pattern)(params, dict(inputs=ids))
-    np.testing.assert_allclose(a, tiny.forward(parts)(split, dict(inputs=ids)), atol=1e-5)
+  make = P(transformer.causal, vocab=tiny.VOCAB, embed=tiny.EMBED, runner=runner)
+  pattern = make(layers=4, block=(thin, wide))
+  parts = make(layers=(1, 1, 1, 1), block=(thin, wide, thin, wide))
+  params = tiny.large(pattern)
+  blocks = params['decoder']['layers']
+  assert blocks['block_0']['mixer']['query'].shape[0] == 2
+  pick = lambda i: {'block_0': jax.tree.map(lambda x: x[i // 2][None], blocks[f'block_{i % 2}'])}
+  split = {'layers': pick(0), **{f'layers_{i}': pick(i) for i in (1, 2, 3)}}
+  split = {**params, 'decoder': {**split, 'norm': params['decoder']['norm']}}
+  a = tiny.forward(pattern)(params, dict(inputs=ids))
+  np.testing.assert_allclose(a, tiny.forward(parts)(split, dict(inputs=ids)), atol=1e-5)
 
 
-def test_a_mixed_stack_decodes(tiny, ids):
+@pytest.mark.parametrize('runner', [stack.scan, stack.loop])
+def test_a_mixed_stack_decodes(tiny, ids, runner):
   mixed = (tiny.block(), (tiny.block(dict(groups=2)), tiny.block(dict(groups=1))))
-  for runner in (stack.scan, stack.loop):
-    model = transformer.causal(
-      vocab=tiny.VOCAB, embed=tiny.EMBED, layers=(1, 4), block=mixed, runner=runner
-    )
-    params = tiny.large(model)
-    shapes = jax.eval_shape(lambda m=model: m.states(params, dict(inputs=ids), tiny.LENGTH))
-    states = jax.tree.map(lambda x: np.zeros(x.shape, x.dtype), shapes)
-    rows = jnp.broadcast_to(jnp.arange(tiny.LENGTH), ids.shape)
-    told = dict(inputs=ids, positions=rows)
-    x, after, _ = jax.jit(lambda s, m=model: m.hidden(params, told, states=s))(states)
-    want = tiny.forward(model)(params, dict(inputs=ids))
-    np.testing.assert_allclose(x @ params['embedding']['table'].T, want, atol=1e-5)
-    assert jax.tree.structure(after) == jax.tree.structure(states)
-    jax.tree.map(lambda a, b: np.testing.assert_array_equal(a.shape, b.shape), after, states)
-    assert after['layers_1']['block_1']['mixer']['k'].shape == (2, 3, tiny.LENGTH, 1, 4)
+  model = transformer.causal(
+    vocab=tiny.VOCAB, embed=tiny.EMBED, layers=(1, 4), block=mixed, runner=runner
+  )
+  params = tiny.large(model)
+  states = jax.jit(lambda: model.states(params, dict(inputs=ids), tiny.LENGTH))()
+  rows = jnp.broadcast_to(jnp.arange(tiny.LENGTH), ids.shape)
+  told = dict(inputs=ids, positions=rows)
+  x, after, _ = jax.jit(lambda s: model.hidden(params, told, states=s))(states)
+  want = tiny.forward(model)(params, dict(inputs=ids))
+  np.testing.assert_allclose(x @ params['embedding']['table'].T, want, atol=1e-5)
+  assert jax.tree.structure(after) == jax.tree.structure(states)
+  jax.tree.map(lambda a, b: np.testing.assert_array_equal(a.shape, b.shape), after, states)
+  assert after['layers_1']['block_1']['mixer']['k'].shape == (2, 3, tiny.LENGTH, 1, 4)
 
 
 def test_the_scanned_program_does_not_grow_with_depth(tiny, ids):

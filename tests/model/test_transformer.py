@@ -141,10 +141,10 @@ def test_ragged_prompts_are_the_whole_sequences(tiny, ids, model, name):
     np.testing.assert_allclose(jnp.stack(got[i]), full[i, n - 1 : n + 2], atol=3e-5)
 
 
-@every
+@pytest.mark.parametrize('name', ['rope', 'mqa', 'learned', 'sinusoidal', 'buckets'])
 def test_bf16_is_close_and_gradients_are_finite(tiny, ids, model, name):
   low = tiny.causal(**VARIANTS[name], dtype='bfloat16')
-  params = jax.jit(model.init)(jax.random.key(0))
+  params = jax.tree.map(lambda x: x / 2 if x.ndim > 2 else x, tiny.large(model))
 
   @functools.partial(jax.value_and_grad, has_aux=True)
   def loss(params):
@@ -155,7 +155,7 @@ def test_bf16_is_close_and_gradients_are_finite(tiny, ids, model, name):
   (_, (x, logits)), grads = jax.jit(loss)(params)
   assert x.dtype == jnp.bfloat16 and logits.dtype == jnp.float32
   want = tiny.forward(model)(params, dict(inputs=ids))[..., : tiny.VOCAB]
-  assert np.abs(logits[..., : tiny.VOCAB] - want).max() < 0.05 * max(1.0, float(want.std()))
+  assert np.abs(logits[..., : tiny.VOCAB] - want).max() < 0.1 * want.std()
   for path, g in tree.flatten(grads).items():
     assert g.dtype == jnp.float32 and np.isfinite(g).all(), path
     assert np.abs(g).max() > 0 or 'key_bias' in path, path  # softmax ignores a constant

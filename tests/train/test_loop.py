@@ -51,6 +51,8 @@ def test_a_hook_can_send_the_loop_back():
       return start(1)
     return None
 
-  end = loop.train(start(), source, update, steps=5, key=jax.random.key(0), hooks=[rewind, record(calls)])
+  end = loop.train(
+    start(), source, update, steps=5, key=jax.random.key(0), hooks=[rewind, record(calls)]
+  )
   assert int(end.step) == 5
   assert [step for step, *_ in calls] == [0, 1, 2, 3, 2, 3, 4, 5]

@@ -1,4 +1,4 @@
-"""Sharding changes where a step runs, not what it computes: every mesh and rule against one device, Auto and Explicit."""
+"""Sharding changes where a step runs, not what it computes: meshes and rules against one device."""
 
 import functools
 import re
@@ -43,15 +43,24 @@ def batch():
   weights = (rng.random((ROWS, LENGTH)) < 0.8).astype(np.float32)
   segments = np.repeat([[1] * 5 + [2] * 3], ROWS, 0).astype(np.int32)
   positions = np.repeat([[0, 1, 2, 3, 4, 0, 1, 2]], ROWS, 0).astype(np.int32)
-  return dict(inputs=ids, targets=np.roll(ids, -1, 1), weights=weights, segments=segments, positions=positions)
+  return dict(
+    inputs=ids, targets=np.roll(ids, -1, 1), weights=weights, segments=segments, positions=positions
+  )
 
 
 def optimizer(m, rule):
-  rule = dict(adamw=functools.partial(rules.adamw, eps=1e-3), adafactor=functools.partial(adafactor.adafactor, min_factored=8))[rule]
-  return chain.make(m.axes, rule=rule, schedule=functools.partial(schedules.constant, peak=0.01), weight_decay=0.1)
+  rule = dict(
+    adamw=functools.partial(rules.adamw, eps=1e-3),
+    adafactor=functools.partial(adafactor.adafactor, min_factored=8),
+  )[rule]
+  return chain.make(
+    m.axes, rule=rule, schedule=functools.partial(schedules.constant, peak=0.01), weight_decay=0.1
+  )
 
 
-def train(sizes, table, *, explicit=False, rule='adafactor', microbatches=1, updates=3, runner=stack.scan):
+def train(
+  sizes, table, *, explicit=False, rule='adafactor', microbatches=1, updates=3, runner=stack.scan
+):
   """Losses, parameters after `updates`, and gradients of the first batch, all as numpy."""
   m = model(runner)
   with jax.set_mesh(mesh.make(**sizes, explicit=explicit)), mesh.rules(**table):
@@ -80,7 +89,8 @@ def assert_same(found, wanted, rtol=1e-5):
   np.testing.assert_allclose(found[0], wanted[0], rtol=rtol)
   for got, want in zip(found[1:3], wanted[1:3], strict=True):
     scale = max(float(np.abs(w).max()) for w in jax.tree.leaves(want))
-    jax.tree.map(lambda g, w: np.testing.assert_allclose(g, w, rtol=rtol, atol=rtol * scale), got, want)
+    close = functools.partial(np.testing.assert_allclose, rtol=rtol, atol=rtol * scale)
+    jax.tree.map(close, got, want)
 
 
 @pytest.mark.parametrize('name', MESHES)
@@ -93,19 +103,28 @@ def test_explicit_meshes_compute_what_one_device_does(name):
   assert_same(train(MESHES[name], mesh.ZERO3, explicit=True), alone())
 
 
-@pytest.mark.parametrize(('rules_name', 'explicit'), [('zero1', False), ('zero2', False), ('zero2', True)])
+@pytest.mark.parametrize(
+  ('rules_name', 'explicit'), [('zero1', False), ('zero2', False), ('zero2', True)]
+)
 def test_zero_stages_compute_what_one_device_does(rules_name, explicit):
-  found = train(MESHES['data=2,fsdp=2,tensor=2'], ALL_RULES[rules_name], explicit=explicit, rule='adamw')
+  found = train(
+    MESHES['data=2,fsdp=2,tensor=2'], ALL_RULES[rules_name], explicit=explicit, rule='adamw'
+  )
   assert_same(found, alone('adamw'))
 
 
 def test_microbatches_and_unrolled_layers_on_a_mesh():
-  found = train(dict(data=2, fsdp=1, tensor=2), mesh.ZERO3, explicit=True, microbatches=2, runner=stack.loop)
+  found = train(
+    dict(data=2, fsdp=1, tensor=2), mesh.ZERO3, explicit=True, microbatches=2, runner=stack.loop
+  )
   assert_same(found, alone())
 
 
 def bytes_per_device(shardings, shapes):
-  return sum(4 * int(np.prod(s.shard_shape(x.shape))) for s, x in zip(jax.tree.leaves(shardings), jax.tree.leaves(shapes), strict=True))
+  return sum(
+    4 * int(np.prod(s.shard_shape(x.shape)))
+    for s, x in zip(jax.tree.leaves(shardings), jax.tree.leaves(shapes), strict=True)
+  )
 
 
 def test_zero_stages_split_what_they_say():
@@ -118,11 +137,21 @@ def test_zero_stages_split_what_they_say():
       params = jax.eval_shape(m.init, jax.random.key(0))
       split = bytes_per_device(layout.state.params, params)
       moments = layout.state.opt_state.rule
-      found[name] = (split, bytes_per_device(layout.gradients, params), bytes_per_device(moments.mu, params))
-  with_embed = sum(4 * x.size for p, x in tree.flatten(params).items() if 'embed' in tree.flatten(m.axes, is_leaf=tree.is_names)[p])
+      found[name] = (
+        split,
+        bytes_per_device(layout.gradients, params),
+        bytes_per_device(moments.mu, params),
+      )
+  with_embed = sum(
+    4 * x.size
+    for p, x in tree.flatten(params).items()
+    if 'embed' in tree.flatten(m.axes, is_leaf=tree.is_names)[p]
+  )
   full = 4 * tree.count(params)
   small = full - with_embed + with_embed // 8
-  assert found == dict(zero1=(full, full, small), zero2=(full, small, small), zero3=(small, small, small))
+  assert found == dict(
+    zero1=(full, full, small), zero2=(full, small, small), zero3=(small, small, small)
+  )
 
 
 def collectives(sizes, table=mesh.ZERO3, *, forward=False):
@@ -139,7 +168,12 @@ def collectives(sizes, table=mesh.ZERO3, *, forward=False):
       state = state_lib.create(m, tx, 0, layout=layout)
       lowered = step.make(objective, tx, layout).lower(state, placed, jax.random.key(0))
     text = lowered.compile().as_text()
-  return Counter(re.findall(r'= [^\n]*? (all-gather|all-reduce|reduce-scatter|all-to-all|collective-permute)(?:-start)?\(', text))
+  return Counter(
+    re.findall(
+      r'= [^\n]*? (all-gather|all-reduce|reduce-scatter|all-to-all|collective-permute)(?:-start)?\(',
+      text,
+    )
+  )
 
 
 def test_data_parallelism_only_reduces():
@@ -165,14 +199,24 @@ def test_tensor_parallel_forward_has_two_reductions_a_layer():
 
 
 def test_a_width_that_does_not_divide_is_named():
-  with jax.set_mesh(mesh.make(data=1, fsdp=1, tensor=8)), mesh.rules(**mesh.ZERO3), pytest.raises(UserError) as e:
+  with (
+    jax.set_mesh(mesh.make(data=1, fsdp=1, tensor=8)),
+    mesh.rules(**mesh.ZERO3),
+    pytest.raises(UserError) as e,
+  ):
     m = model()
     state_lib.layout(m, optimizer(m, 'adamw'))
-  assert "'groups' of size 4 does not divide" in str(e.value) and '--config.axes.weights.groups' in str(e.value)
+  assert "'groups' of size 4 does not divide" in str(
+    e.value
+  ) and '--config.axes.weights.groups' in str(e.value)
 
 
 def test_a_batch_that_does_not_divide_is_named():
-  with jax.set_mesh(mesh.make(data=8)), mesh.rules(**mesh.ZERO3), pytest.raises(UserError, match='multiple of 8'):
+  with (
+    jax.set_mesh(mesh.make(data=8)),
+    mesh.rules(**mesh.ZERO3),
+    pytest.raises(UserError, match='multiple of 8'),
+  ):
     mesh.check_batch(12)
   with pytest.raises(UserError, match='divisor of 12'):
     mesh.check_batch(12, 5)

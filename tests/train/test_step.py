@@ -30,14 +30,22 @@ class Model(NamedTuple):
 
 def squares(params, batch, key):
   error = batch['x'] @ params['w'] + params['b'] - batch['y']
-  return Loss((batch['weights'] * error**2).sum(), batch['weights'].sum(), {'mae': (batch['weights'] * abs(error)).sum()})
+  return Loss(
+    (batch['weights'] * error**2).sum(),
+    batch['weights'].sum(),
+    {'mae': (batch['weights'] * abs(error)).sum()},
+  )
 
 
 def ragged(rows=16, seed=0):
   rng = np.random.default_rng(seed)
   weights = (rng.random(rows) < 0.4).astype(np.float32)
   weights[:4] = 0  # a whole microbatch without a single target
-  return {'x': rng.normal(size=(rows, 3)).astype(np.float32), 'y': rng.normal(size=rows).astype(np.float32), 'weights': weights}
+  return {
+    'x': rng.normal(size=(rows, 3)).astype(np.float32),
+    'y': rng.normal(size=rows).astype(np.float32),
+    'weights': weights,
+  }
 
 
 def run(microbatches, steps=3, trainable=None, tx=None):
