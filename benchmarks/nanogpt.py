@@ -4,15 +4,15 @@ r"""Held-out bits per byte of tiny Shakespeare beside nanoGPT's CPU recipe, in t
   python -m benchmarks.nanogpt --seconds=60       # only ours, as if the peer had taken 60 s
 
 The peer is the recipe for CPUs in nanoGPT's README (github.com/karpathy/nanoGPT, `train_shakespeare_char`), in our own
-PyTorch (benchmarks/peer.py): characters, 4 layers, 4 heads, 128 wide, context 64, batch 12, no dropout, 2000 steps of AdamW at
-1e-3 (betas 0.9, 0.99; decay 0.1; clip 1), 100 of warmup, cosine to 1e-4. Only its training steps are timed.
+PyTorch (benchmarks/peer.py): characters, 4 layers, 4 heads, 128 wide, context 64, batch 12, no dropout, 2000 steps of
+AdamW at 1e-3 (betas 0.9, 0.99; decay 0.1; clip 1), 100 of warmup, cosine to 1e-4. Only its training steps are timed.
 
 Ours is the `llm-jax train` command, configs/quickstart.py made smaller, and *all* of it is timed: imports, compilation,
-held-out pass, checkpoints. Only the vocabulary is there already, as it is in a second run. How many steps fit is found by two
-short runs first.
+held-out pass, checkpoints. Only the vocabulary is there already, as it is in a second run. How many steps fit is found
+by two short runs first.
 
 Both are scored on all of the last 10 % of the characters, which neither has seen. nanoGPT's windows do not overlap: a
-character has 0 to 63 before it in its window, the first of a window the last one of the window before. Text is ASCII: one character, one byte.
+prediction is made from 1 to 64 characters. The text is ASCII: one character, one byte.
 """
 
 import argparse
@@ -141,10 +141,14 @@ def main() -> None:
   if limit is None:
     with gzip.open(PLAY) as f:
       limit, peer_bits = peer_run(f.read(), args.peer_steps)
-    print(f'nanoGPT recipe  {limit:7.1f} s of training       {peer_bits:.3f} bits per byte', flush=True)
+    print(
+      f'nanoGPT recipe  {limit:7.1f} s of training       {peer_bits:.3f} bits per byte', flush=True
+    )
   steps = args.steps or steps_that_fit(limit, args.batch, args.length)
   seconds, bits = our_run(steps, args.batch, args.length)
-  print(f'llm_jax         {seconds:7.1f} s, all included     {bits:.3f} bits per byte ({steps} steps)')
+  print(
+    f'llm_jax         {seconds:7.1f} s, all included     {bits:.3f} bits per byte ({steps} steps)'
+  )
   if peer_bits is not None:
     fits = 'within' if seconds <= limit else 'MORE THAN'
     print(f'llm_jax / nanoGPT: {bits / peer_bits:.3f} of the bits, {fits} its time')

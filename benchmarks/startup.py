@@ -1,11 +1,11 @@
 """How long one waits: for the import, for the complaint about a wrong config, for the first step.
 
-  python -m benchmarks.startup                    # about two minutes
+python -m benchmarks.startup                    # about two minutes
 
-  import        `import jax, llm_jax` less `import jax`, the fastest of several taken in turn
-  wrong config  `llm-jax train` with a misspelt key, from the command to the one-line error
-  first step    quickstart with 12 layers under `scan`: from calling the update to its metrics, compilation included,
-                no compilation cache; and the whole command with three steps, as a user sees it
+import        `import jax, llm_jax` less `import jax`, the fastest of several taken in turn
+wrong config  `llm-jax train` with a misspelt key, from the command to the one-line error
+first step    quickstart with 12 layers under `scan`: from calling the update to its metrics, compilation included,
+              no compilation cache; and the whole command with three steps, as a user sees it
 """
 
 import argparse

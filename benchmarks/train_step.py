@@ -1,6 +1,6 @@
 r"""Tokens per second of one training step, beside the same model in PyTorch, eager and compiled.
 
-  python -m benchmarks.train_step                 # both models, f32 and bf16; about ten minutes, needs the extra `parity`
+  python -m benchmarks.train_step                 # about ten minutes; needs the extra `parity`
   python -m benchmarks.train_step --sizes=small --dtypes=f32 --rounds=3
 
 A step is forward, backward, global-norm clip and AdamW on one batch: GPT-2 style, learned positions, LayerNorm, GELU,
@@ -66,9 +66,7 @@ def jax_engine(size: Size, dtype: str, devices: int):
   norm = partial(norms.LayerNorm, bias=False)
   layer = partial(
     block.decoder,
-    mixer=partial(
-      attention.SelfAttention, heads=size.heads, rotate=None, kernel=kernels.blocked
-    ),
+    mixer=partial(attention.SelfAttention, heads=size.heads, rotate=None, kernel=kernels.blocked),
     ffn=partial(ffn.MLP, hidden=4 * size.embed, activation=ffn.gelu),
     norm=norm,
   )

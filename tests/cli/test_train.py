@@ -122,8 +122,7 @@ def test_a_run_leaves_what_it_promises(finished):
   rows = metrics(workdir)
   assert sorted(rows) == list(range(1, 9)) or sorted(rows) == list(range(9))
   assert all(np.isfinite(rows[s]['loss']) for s in range(1, 9))
-  assert rows[8]['loss'] < rows[1]['loss']
-  assert 0 < rows[8]['heldout/bits_per_byte'] < 9
+  assert 0 < rows[8]['heldout/bits_per_byte'] < rows[4]['heldout/bits_per_byte'] < 9
   assert 'Finished: step 8 of 8' in out and 'llm-jax generate' in out and 'bits per byte' in out
 
 
