@@ -14,10 +14,8 @@ from llm_jax.optim import schedules
 
 
 def get_config(text=None):
-  arg = variant(text, steps=600, batch=16, length=256)
+  arg = variant(text, steps=1000, batch=8, length=256)
   c = lm.get_config(f'steps={arg.steps},batch={arg.batch},length={arg.length}')
-  c.model.embed, c.model.layers = 256, 4
-  c.model.block.ffn.hidden = 704
   c.model.block.dropout = c.model.embedding.dropout = 0.1
   for source in (c.source, c.hooks.heldout.source):
     source.rows = use(batch.concatenate)
@@ -27,6 +25,6 @@ def get_config(text=None):
   c.optimizer.schedule = use(
     schedules.cooldown, schedule=rsqrt, steps=arg.steps, length=arg.steps // 3
   )
-  c.microbatches = 4  # four sequences at a time stay in the cache of a small machine
+  c.microbatches = 2  # four sequences at a time stay in the cache of a small machine
   c.hooks.heldout.every = c.hooks.plot.every = max(1, arg.steps // 10)
   return c
