@@ -118,7 +118,7 @@ def our_run(steps: int, batch: int, length: int) -> tuple[float, float]:
 def steps_that_fit(seconds: float, batch: int, length: int) -> int:
   """The steps that `llm-jax train` makes in so many seconds, by the line through two short runs."""
   few, more = 100, 300
-  our_run(2, batch, length)  # the vocabulary and the token maps are made once
+  our_run(few, batch, length)  # the vocabulary and the token maps are made once
   first, second = our_run(few, batch, length)[0], our_run(more, batch, length)[0]
   each = (second - first) / (more - few)
   fit = few + int((0.97 * seconds - first) / each)

@@ -2,7 +2,7 @@ r"""The quickstart: a small decoder on tiny Shakespeare, about five minutes on t
 
   llm-jax train --config=configs/quickstart.py --workdir=runs/quickstart        (= make quickstart)
 
-Differs from configs/pretrain/lm.py in size, dropout and schedule: the text is read about ten times, so the model needs
+Differs from configs/pretrain/lm.py in size, dropout and schedule: the text is read about four times, so the model needs
 dropout, and an inverse square root that is cooled down to zero over the last part ends lower than one that is not.
 Documents are not packed: the plays are one document, read in windows of 256 tokens.
 """
@@ -14,7 +14,7 @@ from llm_jax.optim import schedules
 
 
 def get_config(text=None):
-  arg = variant(text, steps=1000, batch=8, length=256)
+  arg = variant(text, steps=800, batch=8, length=256)
   c = lm.get_config(f'steps={arg.steps},batch={arg.batch},length={arg.length}')
   c.model.block.dropout = c.model.embedding.dropout = 0.1
   for source in (c.source, c.hooks.heldout.source):
