@@ -19,7 +19,10 @@ def get_config(text=None):
   c.model.block.dropout = c.model.embedding.dropout = 0.1
   for source in (c.source, c.hooks.heldout.source):
     source.rows = use(batch.concatenate)
-    source.task.vocab.extra_ids, source.task.vocab.modes = 0, ()  # nothing is masked: all ids for text
+    source.task.vocab.extra_ids, source.task.vocab.modes = (
+      0,
+      (),
+    )  # nothing is masked: all ids for text
   warmup = 50
   rsqrt = use(schedules.rsqrt, peak=0.02, warmup=warmup, hold=2 * warmup)
   c.optimizer.schedule = use(

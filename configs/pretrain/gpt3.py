@@ -87,7 +87,10 @@ def large_run(data, batch, steps, vocab):
   c.objective.z_loss = 0.0
   c.mesh.data, c.mesh.fsdp = 1, -1
   c.checkpoint.every = 1000
-  c.hooks.heldout.every, c.hooks.heldout.batches = 1000, 64  # the held-out split of C4 has some 175M tokens
+  c.hooks.heldout.every, c.hooks.heldout.batches = (
+    1000,
+    64,
+  )  # the held-out split of C4 has some 175M tokens
   return c
 
 

@@ -1,6 +1,5 @@
 """Rows: layouts, packing."""
 
-
 import numpy as np
 
 from llm_jax.data import batch
