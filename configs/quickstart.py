@@ -28,6 +28,7 @@ def get_config(text=None):
   c.optimizer.schedule = use(
     schedules.cooldown, schedule=rsqrt, steps=arg.steps, length=arg.steps // 3
   )
+  c.mesh.data = 1  # one device is enough for eight sequences
   c.microbatches = 2  # four sequences at a time stay in the cache of a small machine
   c.hooks.heldout.every = c.hooks.plot.every = max(1, arg.steps // 10)
   return c
