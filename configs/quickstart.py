@@ -1,10 +1,11 @@
-r"""The quickstart: a small decoder on tiny Shakespeare, about five minutes on two CPU cores.
+r"""The quickstart: a small decoder on tiny Shakespeare, about ten minutes of CPU time.
 
   llm-jax train --config=configs/quickstart.py --workdir=runs/quickstart        (= make quickstart)
 
 Differs from configs/pretrain/lm.py in size, dropout and schedule: the text is read about four times, so the model needs
 dropout, and an inverse square root that is cooled down to zero over the last part ends lower than one that is not.
-Documents are not packed: the plays are one document, read in windows of 256 tokens.
+Documents are not packed: the plays are one document, read in windows of 256 tokens. Expect 2.39 bits per byte on the
+held-out tenth of the text.
 """
 
 from configs.pretrain import lm

@@ -29,8 +29,8 @@ def next_token(
 
   model: hidden, logits, head and card of `model/transformer.py`. rng: for dropout, None for none. z_loss: weight of
   (log Z)^2 (PaLM: 1e-4). label_smoothing: probability spread over the other tokens (T5X). chunk: positions of the
-  length whose logits exist at one time, None for all. 32 is the fastest on CPU at 8 rows and 32k tokens (1.6 times as
-  fast as None, and 145 MiB instead of 1.5 GiB); a multiple of it suits accelerators with few rows each.
+  length whose logits exist at one time, None for all. 32 was the fastest of 8 to 128 on
+  CPU at 8 rows and 32k tokens (145 MiB of temporaries; None: 1.5 GiB); a multiple suits accelerators with few rows.
 
   The sum has all penalties, `hidden`'s auxiliary losses included. Metrics: `nats` the cross entropy without any
   penalty, `accuracy`, `z_loss`, and the auxiliary losses.
