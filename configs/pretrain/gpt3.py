@@ -7,7 +7,8 @@ r"""The size ladder of GPT-3 (Brown et al. 2020, arXiv:2005.14165, table 2.1), f
 Sizes: small, medium, large, xl, 2.7b, 6.7b, 13b, 175b. Differs from lm.py in the architecture
 (learned positions, LayerNorm, biases, GELU), in AdamW with a cosine to 10 % over 260B tokens after
 a warm-up of 375M, in a batch that grows from a sixteenth of its full size (32K tokens for the
-smallest models), and in weights split over all devices. XL has 16 heads and 13B is 5,120 wide: the 24 and 5,140 of the paper's table do not give its own
+smallest models), and in weights split over all devices. XL has 16 heads and 13B is 5,120 wide: the
+24 and 5,140 of the paper's table do not give its own
 totals. All layers are dense (the paper alternates with banded ones), the text is C4, and bf16
 replaces fp16.
 
