@@ -1,6 +1,7 @@
 """What is wrong with a checkpoint, in one line: unreadable, not as it was written, or of another model."""
 
 import contextlib
+import logging
 import sys
 from collections.abc import Iterator
 from typing import Any
@@ -64,6 +65,10 @@ def hush() -> None:
   excepthook.hushed = True
   sys.excepthook = excepthook
   sys.unraisablehook = lambda info: None if _is_noise(info.exc_value) else of_coroutines(info)
+  abandoned = (
+    'exception was never retrieved'  # by asyncio, of the arrays read beside the one that failed
+  )
+  logging.getLogger('asyncio').addFilter(lambda record: abandoned not in record.getMessage())
 
 
 def _is_noise(error: BaseException | None) -> bool:
@@ -82,4 +87,4 @@ def reason(error: BaseException) -> str:
   ):
     if words in text or words in str(error.__cause__):
       return words.lower()
-  return 'unreadable data' if 'array index' in text else text[:160]
+  return 'unreadable data' if 'array index' in text or 'OCDBT' in text else text[:160]
