@@ -1,15 +1,16 @@
-"""Tokens on disk: a SeqIO task run once, its ids in one memory map.
+"""Tokens on disk: a task run once, its ids in one memory map.
 
 A map is a folder with `tokens.bin` (uint16, uint32 from 65,536 ids on), every document followed by its end (id 1);
 `documents.bin` (int64, offsets of the documents and of the end); and `manifest.json`, written last, with counts and
-checksums. Making one imports TensorFlow and SeqIO; reading one imports neither.
+checksums. Local files are tokenised as they are read; other sources (TFDS) run as SeqIO tasks, which import TensorFlow.
+The ids are the same either way, and reading a map needs neither.
 """
 
 import json
 import os
 import sys
 import zlib
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -46,19 +47,24 @@ def folder_name(corpus: Any, vocab: Any, split: str) -> str:
 
 
 def run_task(folder: str, corpus: Any, vocab: Any, split: str) -> None:
-  """Runs the SeqIO task of a corpus over one split into `folder`."""
+  """Tokenises one split of a corpus into `folder`."""
   print(
     f'tokenising {corpus.name} ({split}), once: the result is kept in {cache.root()}',
     file=sys.stderr,
   )
-  corpus.documents(
-    split
-  )  # an empty or unreadable text is found here: TensorFlow would wrap the error in a trace
+  if corpus.documents(split) is None:
+    documents = seqio_examples(corpus, vocab, split)
+  else:
+    texts = corpus.texts(split)
+    documents = (np.array([*vocab.encode(text), vocab.eos], np.int32) for text in texts)
+  write(folder, documents, corpus, vocab, split)
+
+
+def seqio_examples(corpus: Any, vocab: Any, split: str) -> Iterator[np.ndarray]:
+  """The ids of every document, its end included, from the SeqIO task of a corpus. Imports TensorFlow."""
   from llm_jax.data import seqio_bridge
 
-  write(
-    folder, seqio_bridge.examples(tasks.register_corpus(corpus, vocab), split), corpus, vocab, split
-  )
+  return seqio_bridge.examples(tasks.register_corpus(corpus, vocab), split)
 
 
 def write(

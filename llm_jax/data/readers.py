@@ -50,7 +50,7 @@ class Reader(NamedTuple):
 
 
 def mapped(corpus: Any, vocab: Any, split: str, cut: Cut) -> Reader:
-  """Reads the corpus' token map, which is made on first use; after that it needs no TensorFlow."""
+  """Reads the corpus' token map, which is made on first use."""
   found = materialize.tokens(corpus, vocab, split)
   ids, offsets = found.tokens, found.documents
   sizes = np.array([offsets[-1]], np.int64) if cut.windows else np.diff(offsets)

@@ -1,7 +1,7 @@
 """Tasks: which text, in which vocabulary. The function named by `source.task` in a config.
 
 Each returns a `Task`; `register(task)` makes it a SeqIO task or mixture (Roberts et al. 2022, arXiv:2203.17189), so
-`seqio.get_mixture_or_task(task.name).get_dataset(...)` works, and `materialize` runs that once into token maps.
+`seqio.get_mixture_or_task(task.name).get_dataset(...)` works; `materialize` writes the same ids into token maps, once.
 """
 
 import glob

@@ -1,4 +1,4 @@
-"""Small texts, vocabularies, and token maps that are written without TensorFlow."""
+"""Small texts, vocabularies, and token maps."""
 
 import itertools
 import json
@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 
 from llm_jax.core.errors import UserError
-from llm_jax.data import cache, materialize, vocab
+from llm_jax.data import materialize, vocab
 
 
 def model(kind='causal', vocab=512, length=None):
@@ -17,17 +17,9 @@ def model(kind='causal', vocab=512, length=None):
 
 
 def store(task, splits=('train', 'validation')):
-  """Writes the token maps of a task's corpora into the cache, by plain encoding: what SeqIO would give (test_seqio
-  checks that).
-  """
+  """Writes the token maps of a task's corpora into the cache."""
   for corpus, split in itertools.product(task.corpora, splits):
-    documents = (np.array([*task.vocab.encode(t), 1]) for t in corpus.texts(split))
-    name = materialize.folder_name(corpus, task.vocab, split)
-    cache.once(
-      'tokens',
-      name,
-      lambda tmp, d=documents, c=corpus, s=split: materialize.write(tmp, d, c, task.vocab, s),
-    )
+    materialize.tokens(corpus, task.vocab, split)
   return task
 
 

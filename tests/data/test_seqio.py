@@ -2,11 +2,8 @@
 TensorFlow.
 """
 
-import subprocess
-import sys
 from functools import partial
 
-import numpy as np
 import pytest
 
 from llm_jax.data import corpus, materialize, pipeline, tasks, vocab
@@ -91,14 +88,16 @@ def test_mixture_in_the_registry(seqio, folder):
     assert positions[segments == k].tolist() == list(range((segments == k).sum()))
 
 
-def test_map_is_what_plain_encoding_gives(task, pieces, tmp_path):
+def test_map_is_what_the_seqio_task_gives(seqio, task, pieces, tmp_path):
   for split in ('train', 'validation'):
     a, b = tmp_path / f'seqio_{split}', tmp_path / f'plain_{split}'
     for folder in (a, b):
       folder.mkdir()
-    materialize.run_task(str(a), task.corpora[0], pieces, split)
-    documents = [np.array([*pieces.encode(t), 1]) for t in task.corpora[0].texts(split)]
-    materialize.write(str(b), documents, task.corpora[0], pieces, split)
+    corpus = task.corpora[0]
+    materialize.write(
+      str(a), materialize.seqio_examples(corpus, pieces, split), corpus, pieces, split
+    )
+    materialize.run_task(str(b), corpus, pieces, split)
     for name in ('tokens.bin', 'documents.bin', 'manifest.json'):
       assert (a / name).read_bytes() == (b / name).read_bytes()
 
@@ -153,30 +152,6 @@ def test_tfds_from_local_files(tmp_path):
   )
   sliced = make(train='train[:50%]', validation='train[50%:]', vocab=vocab.bytes_)
   assert list(sliced.corpora[0].texts('validation')) == documents['train'][10:]
-
-
-def test_second_run_loads_no_tensorflow(folder, tmp_path, monkeypatch, capsys):
-  """The map that SeqIO made here is what a fresh process trains on, without TensorFlow."""
-  monkeypatch.setenv('LLM_JAX_CACHE', str(tmp_path))
-  task = partial(
-    tasks.text, train=(str(folder / 'long.txt'),), vocab=partial(vocab.sentencepiece, size=400)
-  )
-  source = pipeline.make(model(), task=task, batch=2, length=64)
-  first = int(source()['targets'].sum())
-  source.close()
-  assert capsys.readouterr().err.startswith('tokenising text (train), once')
-  code = f"""
-import sys
-from functools import partial
-from llm_jax.data import pipeline, tasks, vocab
-from tests.data.conftest import model
-task = partial(tasks.text, train=({str(folder / 'long.txt')!r},), vocab=partial(vocab.sentencepiece, size=400))
-print(int(pipeline.make(model(), task=task, batch=2, length=64)()['targets'].sum()))
-assert not [m for m in ('tensorflow', 'seqio', 'tensorflow_datasets') if m in sys.modules]
-"""
-  done = subprocess.run([sys.executable, '-c', code], capture_output=True, text=True, check=False)
-  assert done.returncode == 0, done.stderr
-  assert int(done.stdout) == first and done.stderr == ''
 
 
 def test_corpus_without_random_access_is_sampled_from_its_start(task):
