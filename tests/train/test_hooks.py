@@ -150,6 +150,21 @@ def test_evaluate_is_the_formula(tmp_path, capsys):
   assert 'bits per byte' in capsys.readouterr().out
 
 
+def test_evaluate_may_stop_after_some_batches(tmp_path):
+  drawn = []
+  made = HeldOut(drawn.append(len(drawn)) or batch for batch in batches())
+  hook = hooks.evaluate(
+    fake_run(tmp_path), source=lambda model: made, objective=objective, every=4, batches=2
+  )
+  hook(4, make().replace(params=dict(w=jnp.zeros(3))), {})
+  (line,) = lines(tmp_path)
+  targets, weights = (np.stack([b[k] for b in batches()[:2]]) for k in ('targets', 'weights'))
+  assert line['heldout/nats_per_token'] == pytest.approx(
+    (targets * weights).sum() / weights.sum(), rel=1e-6
+  )
+  assert drawn == [0, 1]
+
+
 def test_evaluate_without_weights_counts_everything(tmp_path):
   made = [{k: v for k, v in b.items() if k != 'weights'} for b in batches()]
 

@@ -28,13 +28,15 @@ MESHES = {
 ALL_RULES = dict(zero1=mesh.ZERO1, zero2=mesh.ZERO2, zero3=mesh.ZERO3)
 
 
-def model(runner=stack.scan, kind=transformer.causal):
+def model(runner=stack.scan, groups=None):
   layer = functools.partial(
     block.decoder,
-    mixer=functools.partial(attention.SelfAttention, heads=4, bias=True),
+    mixer=functools.partial(attention.SelfAttention, heads=4, groups=groups, bias=True),
     ffn=functools.partial(ffn.Gated, hidden=32, bias=True),
   )
-  return kind(vocab=VOCAB, embed=16, layers=LAYERS, length=LENGTH, block=layer, runner=runner)
+  return transformer.causal(
+    vocab=VOCAB, embed=16, layers=LAYERS, length=LENGTH, block=layer, runner=runner
+  )
 
 
 def batch():
@@ -59,10 +61,18 @@ def optimizer(m, rule):
 
 
 def train(
-  sizes, table, *, explicit=False, rule='adafactor', microbatches=1, updates=3, runner=stack.scan
+  sizes,
+  table,
+  *,
+  explicit=False,
+  rule='adafactor',
+  microbatches=1,
+  updates=3,
+  runner=stack.scan,
+  groups=None,
 ):
   """Losses, parameters after `updates`, and gradients of the first batch, all as numpy."""
-  m = model(runner)
+  m = model(runner, groups)
   with jax.set_mesh(mesh.make(**sizes, explicit=explicit)), mesh.rules(**table):
     tx = optimizer(m, rule)
     objective = functools.partial(language.next_token, m)
@@ -118,6 +128,14 @@ def test_microbatches_and_unrolled_layers_on_a_mesh():
     dict(data=2, fsdp=1, tensor=2), mesh.ZERO3, explicit=True, microbatches=2, runner=stack.loop
   )
   assert_same(found, alone())
+
+
+@pytest.mark.parametrize('explicit', [False, True])
+def test_one_group_of_keys_is_kept_whole_under_tensor_parallelism(explicit):
+  """Multi-query attention (Shazeer 2019): a table that does not split the axis `groups`, for every kind of array."""
+  table = {kind: dict(names, groups=()) for kind, names in mesh.ZERO3.items()}
+  found = train(dict(data=2, tensor=2), table, explicit=explicit, groups=1, updates=2)
+  assert_same(found, train(dict(data=1), mesh.ZERO3, groups=1, updates=2))
 
 
 def bytes_per_device(shardings, shapes):
