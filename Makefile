@@ -8,7 +8,7 @@ WORKERS ?= 2
 BENCH ?= $(basename $(notdir $(wildcard benchmarks/[a-z]*.py)))
 ARGS ?=
 
-.PHONY: help setup dev quickstart test lint format docs notebook bench lock clean
+.PHONY: help setup dev quickstart test lint format docs notebook golden bench lock clean
 
 help:  ## this list
 	@sed -n 's/^\([a-z]*\):.*## /  make \1\t/p' Makefile | expand -t 19
@@ -35,6 +35,9 @@ docs: dev  ## docs/html: one page per package, from the docstrings
 
 notebook: dev  ## run the notebooks and keep what they print
 	@UPDATE=1 $(BIN)/python -m pytest -q tests/test_notebooks.py
+
+golden: dev  ## store the first losses of the recipes anew (say why in the commit)
+	@JAX_PLATFORMS=cpu UPDATE=1 $(BIN)/python -m pytest -q tests/configs/test_golden.py
 
 bench: dev  ## the figures the README quotes; BENCH=data_pipeline for one of them
 	@for name in $(BENCH); do $(BIN)/python -m benchmarks.$$name $(ARGS) || exit; done
