@@ -41,8 +41,6 @@ def recipe(batch: int, length: int, steps: int) -> list[str]:
     f'--config=configs/quickstart.py:steps={steps},batch={batch},length={length}',
     '--config.model.embed=128',
     '--config.model.block.ffn.hidden=352',
-    '--config.model.block.dropout=0.0',
-    '--config.model.embedding.dropout=0.0',
     f'--config.hooks.heldout.every={steps}',
     '--config.hooks.samples.at=()',
     *OURS,

@@ -28,7 +28,11 @@ PRODUCTS = ((2048, 2048, 2048), (8192, 1536, 384), (8192, 384, 1536))  # [m, k] 
 
 
 class Size(NamedTuple):
-  """A model and its batch. microbatches: how many parts llm_jax cuts the batch into."""
+  """A model and its batch.
+
+  microbatches, chunk: the parts into which llm_jax cuts the batch, and the positions whose logits exist at one time;
+  both so that what a part touches stays in a cache of some 30 MiB.
+  """
 
   layers: int
   embed: int
@@ -37,11 +41,12 @@ class Size(NamedTuple):
   length: int
   batch: int
   microbatches: int
+  chunk: int
 
 
 SIZES = dict(
-  small=Size(6, 384, 6, 1024, 256, 32, microbatches=8),
-  large=Size(8, 512, 8, 32_768, 512, 8, microbatches=4),
+  small=Size(6, 384, 6, 1024, 256, 32, microbatches=8, chunk=256),
+  large=Size(8, 512, 8, 32_768, 512, 8, microbatches=4, chunk=256),
 )
 TOLERANCE = dict(f32=1e-3, bf16=3e-2)  # of the loss, relative
 
@@ -90,7 +95,7 @@ def jax_engine(size: Size, dtype: str, devices: int):
     decayed=chain.matrices,
   )
   layout = state_lib.layout(model, tx)
-  objective = partial(language.next_token, model)
+  objective = partial(language.next_token, model, chunk=size.chunk)
   update = step_lib.make(objective, tx, layout, microbatches=size.microbatches)
   state = state_lib.create(model, tx, 0, layout=layout)
   weights = {path: np.asarray(x) for path, x in tree.flatten(state.params).items()}
