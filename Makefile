@@ -7,8 +7,9 @@ WORKDIR ?= runs/quickstart
 WORKERS ?= 2
 BENCH ?= $(basename $(notdir $(wildcard benchmarks/[a-z]*.py)))
 ARGS ?=
+TORCH ?= torch
 
-.PHONY: help setup dev quickstart test lint format docs notebook golden bench lock clean
+.PHONY: help setup dev quickstart test lint format docs notebook golden parity bench lock clean
 
 help:  ## this list
 	@sed -n 's/^\([a-z]*\):.*## /  make \1\t/p' Makefile | expand -t 19
@@ -38,6 +39,11 @@ notebook: dev  ## run the notebooks and keep what they print
 
 golden: dev  ## store the first losses of the recipes anew (say why in the commit)
 	@JAX_PLATFORMS=cpu UPDATE=1 $(BIN)/python -m pytest -q tests/configs/test_golden.py
+
+parity: dev  ## the families of llm_jax/interop beside transformers itself (installs PyTorch)
+	@$(PIP) --constraint requirements-dev.lock $(TORCH) transformers
+	@$(BIN)/python -m tests.interop.make_reference .pytest_cache/reference
+	@JAX_PLATFORMS=cpu LLM_JAX_REFERENCE=.pytest_cache/reference $(BIN)/python -m pytest -v tests/interop $(ARGS)
 
 bench: dev  ## the figures the README quotes; BENCH=data_pipeline for one of them
 	@for name in $(BENCH); do $(BIN)/python -m benchmarks.$$name $(ARGS) || exit; done

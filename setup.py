@@ -21,6 +21,7 @@ setup(
   python_requires='>=3.11,<3.14',  # below: jax; above: the wheels of tensorflow-text
   install_requires=[
     'absl-py>=2.1',
+    'einops>=0.8',
     'etils>=1.12',
     'flax>=0.12',
     'grain>=0.2.18',
@@ -30,6 +31,7 @@ setup(
     'numpy>=2.0',
     'optax>=0.2.8',
     'orbax-checkpoint>=0.12',
+    'safetensors>=0.6',
     'sentencepiece>=0.2.2',
     'seqio>=0.0.20',
     'tensorboard>=2.20',

@@ -1,10 +1,10 @@
-r"""The quickstart: a small decoder on tiny Shakespeare, about five minutes on two CPU cores.
+r"""The quickstart: a small decoder on tiny Shakespeare, three to five minutes on two CPU cores.
 
   llm-jax train --config=configs/quickstart.py --workdir=runs/quickstart        (= make quickstart)
 
 Differs from configs/pretrain/lm.py in size and schedule: an inverse square root that is cooled down to zero over the
 last part ends lower than one that is not. The text is read about three times, too few for dropout to help. Documents
-are not packed: the plays are one document, read in windows of 256 tokens. Expect 2.3 bits per byte on the held-out
+are not packed: the plays are one document, read in windows of 256 tokens. Expect 2.23 bits per byte on the held-out
 tenth of the text.
 """
 

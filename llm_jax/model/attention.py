@@ -67,7 +67,7 @@ def _output(module: nn.Module, y: jax.Array, embed: int) -> jax.Array:
   """[b, t, heads, head_dim] -> [b, t, embed]."""
   shape, axes = (*y.shape[2:], embed), ('heads', 'head_dim', 'embed')
   y = weights.einsum('bthk,hkd->btd', y, param.weight(module, 'out', shape, axes, 'attention_out'))
-  if module.bias:
+  if module.bias if module.out_bias is None else module.out_bias:
     y = weights.add(y, param.weight(module, 'out_bias', (embed,), ('embed',), param.zeros), 'd')
   return y
 
@@ -95,14 +95,15 @@ class SelfAttention(nn.Module):
   """Multi-head, grouped-query or multi-query attention (Vaswani et al. 2017, arXiv:1706.03762, section 3.2).
 
   heads: of the queries. groups: of keys and values, None = heads. head_dim: None = embed / heads. bias: on all four
-  projections. rotate: a rotation of queries and keys by their positions, or None. scale: of the logits, None =
-  1/sqrt(head_dim). cap: soft cap of the logits. dropout: on the probabilities.
+  projections; out_bias: where the last one differs. rotate: a rotation of queries and keys by their positions, or None.
+  scale: of the logits, None = 1/sqrt(head_dim). cap: soft cap of the logits. dropout: on the probabilities.
   """
 
   heads: int
   groups: int | None = None
   head_dim: int | None = None
   bias: bool = False
+  out_bias: bool | None = None
   rotate: Callable | None = positions.rope
   kernel: Callable = kernels.reference
   scale: float | None = None
@@ -142,6 +143,7 @@ class CrossAttention(nn.Module):
   groups: int | None = None
   head_dim: int | None = None
   bias: bool = False
+  out_bias: bool | None = None
   kernel: Callable = kernels.reference
   scale: float | None = None
   cap: float | None = None

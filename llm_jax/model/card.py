@@ -31,6 +31,7 @@ class Card(NamedTuple):
   ffn: int | None
   gated: bool
   attention_bias: bool
+  attention_out_bias: bool
   ffn_bias: bool
   norm: str
   norm_bias: bool
@@ -39,6 +40,8 @@ class Card(NamedTuple):
   positions: str
   buckets: int
   tied: bool
+  head_bias: bool
+  embedding_norm: bool
   dtype: str
 
 
@@ -47,6 +50,7 @@ def describe(ends: Any, decoder: Any, encoder: Any | None) -> Card:
   block = decoder.segments[0].blocks[0]
   mixer, feed, norm = block.mixers[0][1](), block.ffn(), block.norm()
   count = lambda part: sum(s.repeats * len(s.blocks) for s in part.segments) if part else 0
+  bias, out_bias = bool(getattr(mixer, 'bias', False)), getattr(mixer, 'out_bias', None)
   query_heads = getattr(mixer, 'heads', None)
   named = [getattr(mixer, 'rotate', None), decoder.bias, ends.positions]
   where = [getattr(p, 'func', p) for p in named if p is not None]
@@ -64,7 +68,8 @@ def describe(ends: Any, decoder: Any, encoder: Any | None) -> Card:
     head_dim=query_heads and (mixer.head_dim or ends.embed // query_heads),
     ffn=getattr(feed, 'hidden', None),
     gated=isinstance(feed, ffn.Gated),
-    attention_bias=bool(getattr(mixer, 'bias', False)),
+    attention_bias=bias,
+    attention_out_bias=bias if out_bias is None else out_bias,
     ffn_bias=bool(getattr(feed, 'bias', False)),
     norm=type(norm).__name__,
     norm_bias=bool(getattr(norm, 'bias', False)),
@@ -73,5 +78,7 @@ def describe(ends: Any, decoder: Any, encoder: Any | None) -> Card:
     positions='+'.join(names) or 'none',
     buckets=getattr(decoder.bias, 'buckets', 0),
     tied=ends.head.reads == 'embedding',
+    head_bias=bool(getattr(ends.head, 'bias', False)),
+    embedding_norm=getattr(ends.embedding, 'norm', None) is not None,
     dtype=jnp.dtype(ends.dtype).name,
   )

@@ -34,6 +34,7 @@ def parameters(card: Card) -> dict[str, int]:
     card.encoder_layers * _norms(card, 2)
     + card.layers * _norms(card, 1 + stacks)
     + stacks * card.final_norm
+    + card.embedding_norm
   )
   return dict(
     embedding=card.rows * d,
@@ -42,7 +43,7 @@ def parameters(card: Card) -> dict[str, int]:
     ffn=(card.layers + card.encoder_layers) * sum(_ffn(card)),
     norm=norms * d * (1 + card.norm_bias),
     buckets=stacks * card.buckets * (card.heads or 0),
-    head=0 if card.tied else card.rows * d,
+    head=0 if card.tied else card.rows * (d + card.head_bias),
   )
 
 
@@ -174,7 +175,8 @@ def _attention(card: Card) -> tuple[int, int]:
   if card.heads is None:
     raise UserError('this model has no attention in its first block: no closed form counts it')
   q, kv = card.heads * card.head_dim, 2 * card.groups * card.head_dim
-  return card.embed * (2 * q + kv), card.attention_bias * (q + kv + card.embed)
+  biases = card.attention_bias * (q + kv) + card.attention_out_bias * card.embed
+  return card.embed * (2 * q + kv), biases
 
 
 def _ffn(card: Card) -> tuple[int, int]:

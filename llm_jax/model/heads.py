@@ -1,5 +1,6 @@
 """The two ends of the model: token ids to vectors, vectors to logits."""
 
+from collections.abc import Callable
 from typing import Any
 
 import flax.linen as nn
@@ -16,12 +17,14 @@ class Embedding(nn.Module):
 
   scaled: times sqrt(embed) (Vaswani et al. 2017, section 3.4). dropout: on the result, positions included. gradient:
   the share a of the gradient that reaches the table, e = a * e + (1 - a) * stop_gradient(e) (GLM-130B, Zeng et al.
-  2022, arXiv:2210.02414, section 3.1: 0.1).
+  2022, arXiv:2210.02414, section 3.1: 0.1). norm: on the vectors, before positions are added (BLOOM, Le Scao et al.
+  2022, arXiv:2211.05100, section 3.2.3).
   """
 
   scaled: bool = False
   dropout: float = 0.0
   gradient: float = 1.0
+  norm: Callable | None = None
 
   @nn.compact
   def __call__(self, ids: jax.Array, rows: int, embed: int, dtype: Any) -> jax.Array:
@@ -30,7 +33,8 @@ class Embedding(nn.Module):
     x = weights.lookup(table, ids, dtype=dtype)
     if self.gradient != 1.0:
       x = self.gradient * x + (1 - self.gradient) * jax.lax.stop_gradient(x)
-    return x * jnp.asarray(embed**0.5, dtype) if self.scaled else x
+    x = x * jnp.asarray(embed**0.5, dtype) if self.scaled else x
+    return x if self.norm is None else self.norm(name='norm')(x)
 
   @nn.nowrap
   def finish(self, x: jax.Array, rng: jax.Array | None) -> jax.Array:
@@ -58,8 +62,9 @@ class Tied(nn.Module):
 
 
 class Untied(nn.Module):
-  """Logits from a matrix of their own. cap: as in `Tied`."""
+  """Logits from a matrix of their own. bias: added to them (GPT-J). cap: as in `Tied`."""
 
+  bias: bool = False
   cap: float | None = None
 
   reads = 'head'
@@ -69,7 +74,10 @@ class Untied(nn.Module):
     """x: [batch, t, embed]. Returns f32 [batch, t, rows]."""
     del table
     w = param.weight(self, 'w', (x.shape[-1], rows), ('embed', 'vocab'), 'head')
-    return soft_cap(weights.einsum('btd,dv->btv', x, w, dtype=jnp.float32), self.cap)
+    y = weights.einsum('btd,dv->btv', x, w, dtype=jnp.float32)
+    if self.bias:
+      y = weights.add(y, param.weight(self, 'bias', (rows,), ('vocab',), param.zeros), 'v')
+    return soft_cap(y, self.cap)
 
 
 def soft_cap(logits: jax.Array, cap: float | None) -> jax.Array:

@@ -80,5 +80,18 @@ def parallel(x: jax.Array, sublayers: Sublayers, norm: Callable) -> jax.Array:
   return x + sum(sublayer(y) for _, sublayer in sublayers)
 
 
+def parallel_norms(x: jax.Array, sublayers: Sublayers, norm: Callable) -> jax.Array:
+  """x + attention(norm(x)) + ffn(norm'(x)), a norm for each (GPT-NeoX-20B, Black et al. 2022, arXiv:2204.06745,
+  section 2.1).
+  """
+  return x + sum(sublayer(norm(f'{name}_norm')(x)) for name, sublayer in sublayers)
+
+
 # How many norms each topology makes for a block with so many sublayers.
-NORMS = dict(pre=lambda n: n, post=lambda n: n, sandwich=lambda n: 2 * n, parallel=lambda n: 1)
+NORMS = dict(
+  pre=lambda n: n,
+  post=lambda n: n,
+  sandwich=lambda n: 2 * n,
+  parallel=lambda n: 1,
+  parallel_norms=lambda n: n,
+)

@@ -1,0 +1,246 @@
+"""Hugging Face folders (`config.json` and safetensors), read and written.
+
+    model, params = huggingface.load('DIR')
+    huggingface.save('DIR2', params, huggingface.settings('DIR'))
+
+What goes where is data, in `families.py`; here is what obeys it.
+"""
+
+import json
+import os
+import re
+import shutil
+from collections.abc import Callable, Iterable, Mapping
+from typing import Any
+
+import jax
+import numpy as np
+from einops import rearrange
+from safetensors import SafetensorError, safe_open
+from safetensors.numpy import save_file
+
+from llm_jax.core import tree
+from llm_jax.core.config import ConfigDict, build
+from llm_jax.core.errors import UserError
+from llm_jax.interop import families
+from llm_jax.interop.architectures import Settings
+from llm_jax.interop.families import Family, Row
+from llm_jax.model.transformer import Model
+
+CONFIG, WEIGHTS, INDEX = 'config.json', 'model.safetensors', 'model.safetensors.index.json'
+
+
+def load(folder: str) -> tuple[Model, Any]:
+  """(model, parameters as f32 numpy arrays) of a folder.
+
+  Raises `UserError` naming the key or tensor: an unknown architecture, a setting that is not supported, a tensor that
+  is missing, left over, of another shape, or in a file that is cut off.
+  """
+  told = settings(folder)
+  family = families.family(told)
+  model = build(family.model(told))()
+  tensors = Tensors(folder)
+  return model, to_ours(family, tensors.names, tensors.read, shapes(model))
+
+
+def save(folder: str, params: Any, told: Settings) -> None:
+  """Writes parameters of the model that `told`, a config.json, describes. The folder appears once all is written."""
+  family = families.family(told)
+  wanted = {path: x.shape for path, x in shapes(build(family.model(told))()).items()}
+  flat = {path: np.asarray(x, np.float32) for path, x in tree.flatten(params).items()}
+  found = {path: x.shape for path, x in flat.items()}
+  for path in sorted({*wanted, *found}):
+    if wanted.get(path) != found.get(path):
+      raise UserError(
+        f'{path!r} is {found.get(path)} in the parameters, {wanted.get(path)} by the config.json: '
+        'use the one they are of'
+      )
+  if os.path.exists(folder):
+    raise UserError(f'{folder} exists: name a new folder')
+  temporary = f'{os.path.abspath(folder)}.new'
+  shutil.rmtree(temporary, ignore_errors=True)
+  os.makedirs(temporary)
+  with open(os.path.join(temporary, CONFIG), 'w', encoding='utf-8') as f:
+    json.dump(dict(told), f, indent=1)
+  save_file(to_theirs(family, flat), os.path.join(temporary, WEIGHTS), metadata={'format': 'pt'})
+  os.rename(temporary, folder)
+
+
+def settings(folder: str) -> dict[str, Any]:
+  """The config.json of a folder."""
+  path = os.path.join(folder, CONFIG)
+  try:
+    with open(path, encoding='utf-8') as f:
+      return json.load(f)
+  except OSError as e:
+    raise UserError(
+      f'{folder} is no Hugging Face folder: {CONFIG} cannot be read ({e.strerror.lower()})'
+    ) from e
+  except ValueError as e:
+    raise UserError(f'{path} is not JSON ({e}): download it again') from e
+
+
+def config(folder: str) -> ConfigDict:
+  """The model of a folder as the `model` of a config: what a run would train on."""
+  told = settings(folder)
+  return families.family(told).model(told)
+
+
+class Tensors:
+  """The tensors of a folder by name, from one file or several with an index; read one at a time, as f32."""
+
+  def __init__(self, folder: str):
+    self._files = {}
+    for file in self._all(folder):
+      path = os.path.join(folder, file)
+      try:
+        opened = safe_open(path, framework='numpy')
+      except (OSError, SafetensorError) as e:
+        raise UserError(f'{path} cannot be read ({e}): download it again') from e
+      self._files.update(dict.fromkeys(opened.keys(), opened))
+    self.names = sorted(self._files)
+
+  def _all(self, folder: str) -> list[str]:
+    index = os.path.join(folder, INDEX)
+    if os.path.exists(index):
+      with open(index, encoding='utf-8') as f:
+        return sorted(set(json.load(f)['weight_map'].values()))
+    if not os.path.exists(os.path.join(folder, WEIGHTS)):
+      raise UserError(
+        f'{folder} has neither {WEIGHTS} nor {INDEX}: other formats are not read, save it as safetensors'
+      )
+    return [WEIGHTS]
+
+  def read(self, name: str) -> np.ndarray:
+    """One tensor."""
+    return self._files[name].get_tensor(name).astype(np.float32)
+
+
+def shapes(model: Model) -> dict[str, jax.ShapeDtypeStruct]:
+  """The shapes of a model's parameters by path."""
+  return tree.flatten(jax.eval_shape(model.init, jax.random.key(0)))
+
+
+def to_ours(
+  family: Family, names: Iterable[str], read: Callable[[str], np.ndarray], wanted: Mapping[str, Any]
+) -> Any:
+  """Their tensors as a tree of ours.
+
+  names: of the tensors there are. read: a name -> its values. wanted: our paths -> shapes.
+  """
+  there = {_bare(family, name): name for name in names}
+  ours: dict[str, np.ndarray] = {}
+  for row, paths in _applying(family, wanted):
+    layers = wanted[paths[0]].shape[0] if '*' in row.theirs else None
+    found = []
+    for theirs in _names(row, layers):
+      if theirs not in there:
+        raise UserError(f'the checkpoint has no tensor {theirs!r}, which its config.json asks for')
+      name = there.pop(theirs)
+      sizes = [wanted[path].shape[layers is not None :] for path in paths]
+      found.append(_import(row, family, name, read(name), sizes))
+    for path, parts in zip(paths, zip(*found, strict=True), strict=True):
+      ours[path] = np.stack(parts) if layers is not None else parts[0]
+  missing = sorted(wanted.keys() - ours.keys())
+  if missing:
+    raise UserError(f'the table of this architecture has no row for {missing[0]!r}')
+  left = [name for bare, name in there.items() if not bare.endswith(family.ignored)]
+  if left:
+    raise UserError(
+      f'the checkpoint has the tensor {left[0]!r}, which its config.json has no place for'
+    )
+  return tree.unflatten(ours)
+
+
+def to_theirs(family: Family, ours: Mapping[str, np.ndarray]) -> dict[str, np.ndarray]:
+  """Our parameters, by path, as their tensors."""
+  theirs = {}
+  for row, paths in _applying(family, ours):
+    layers = ours[paths[0]].shape[0] if '*' in row.theirs else None
+    for i, name in enumerate(_names(row, layers)):
+      parts = [ours[path] if layers is None else ours[path][i] for path in paths]
+      prefix = '' if paths[0].startswith('head/') else family.prefix
+      theirs[prefix + name] = np.ascontiguousarray(_export(row, family, parts))
+  return theirs
+
+
+def _bare(family: Family, name: str) -> str:
+  """A name without the family's prefix, or what is left of it in a checkpoint of the bare model."""
+  for prefix in (family.prefix, family.prefix.partition('.')[2]):
+    if prefix and name.startswith(prefix):
+      return name[len(prefix) :]
+  return name
+
+
+def _applying(family: Family, paths: Mapping[str, Any]) -> list[tuple[Row, tuple[str, ...]]]:
+  """The rows for these paths of ours, the first for each."""
+  found, filled = [], set()
+  for row in family.rows:
+    ours = row.ours if isinstance(row.ours, tuple) else (row.ours,)
+    needed = {*ours} | ({row.needs} if row.needs else set())
+    if needed <= paths.keys() and not filled & {*ours}:
+      found.append((row, ours))
+      filled |= {*ours}
+  return found
+
+
+def _names(row: Row, layers: int | None) -> list[str]:
+  return (
+    [row.theirs] if layers is None else [row.theirs.replace('*', str(i)) for i in range(layers)]
+  )
+
+
+def _import(
+  row: Row, family: Family, name: str, x: np.ndarray, shapes: list[tuple[int, ...]]
+) -> list[np.ndarray]:
+  """One tensor of theirs as one or several of ours."""
+  left, right = row.pattern.split(' -> ')
+  stacked = isinstance(row.ours, tuple) and right.startswith('p ')
+  joined = _letters(right).index('n') if isinstance(row.ours, tuple) and not stacked else None
+  sizes = dict(family.sizes)
+  for (*known, letter), n in zip(_groups(right)[stacked:], shapes[0], strict=True):
+    sizes[letter] = n // _size(known, sizes)
+  if stacked:
+    sizes['p'] = len(shapes)
+  elif joined is not None:
+    sizes['n'] = sum(shape[joined] for shape in shapes)
+  x = x[row.skip :] + np.float32(row.add) if row.skip or row.add else x
+  wanted = tuple(_size(group, sizes) for group in _groups(left))
+  if x.shape != wanted:
+    raise UserError(f'the tensor {name!r} has shape {x.shape}, its config.json asks for {wanted}')
+  y = rearrange(x, row.pattern, **_used(sizes, row.pattern))
+  if stacked:
+    return list(y)
+  if joined is None:
+    return [y]
+  return np.split(y, np.cumsum([shape[joined] for shape in shapes])[:-1], axis=joined)
+
+
+def _export(row: Row, family: Family, parts: list[np.ndarray]) -> np.ndarray:
+  """The reverse of `_import`."""
+  left, right = row.pattern.split(' -> ')
+  if isinstance(row.ours, tuple):
+    joined = right.startswith('p ')
+    y = np.stack(parts) if joined else np.concatenate(parts, axis=_letters(right).index('n'))
+  else:
+    y = parts[0]
+  x = rearrange(y, f'{right} -> {left}', **_used(family.sizes, right))
+  return np.pad(x - np.float32(row.add), ((row.skip, 0), *((0, 0),) * (x.ndim - 1)))
+
+
+def _groups(side: str) -> list[list[str]]:
+  """'(h k) d' -> [['h', 'k'], ['d']]."""
+  return [group.strip('()').split() for group in re.findall(r'\([^)]*\)|\S+', side)]
+
+
+def _letters(side: str) -> list[str]:
+  """The axes of a side, each under the last of its letters."""
+  return [group[-1] for group in _groups(side)]
+
+
+def _size(group: list[str], sizes: Mapping[str, int]) -> int:
+  return int(np.prod([sizes[letter] for letter in group]))
+
+
+def _used(sizes: Mapping[str, int], pattern: str) -> dict[str, int]:
+  return {letter: n for letter, n in sizes.items() if letter in re.findall(r'\w+', pattern)}

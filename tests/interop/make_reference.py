@@ -1,0 +1,140 @@
+"""Tiny models of every family with random weights, as transformers computes them.
+
+  python -m tests.interop.make_reference FOLDER      # needs the extra `parity`
+
+Each gets a folder: the model as `save_pretrained` writes it, and `expected.safetensors` with ids, logits, the losses of
+three AdamW steps and after them, and the gradients of the first. The tests of this package compare llm_jax with them:
+with the stored ones under `reference/` in `make test`, with fresh ones in `make parity`.
+"""
+
+import os
+import sys
+
+SMALL = dict(vocab_size=24, tie_word_embeddings=False)
+LLAMA = dict(
+  SMALL,
+  hidden_size=16,
+  intermediate_size=24,
+  num_hidden_layers=2,
+  num_attention_heads=4,
+  num_key_value_heads=2,
+  max_position_embeddings=32,
+)
+GPT = dict(vocab_size=24, n_embd=16, n_layer=2, n_head=4, n_positions=32)
+NO_DROPOUT = dict(attn_pdrop=0.0, embd_pdrop=0.0, resid_pdrop=0.0)
+T5 = dict(vocab_size=24, d_model=16, d_kv=4, d_ff=24, num_layers=2, num_heads=4, dropout_rate=0.0)
+STEPS, RATE, EPS = 3, 1e-2, 1e-3
+
+# folder: (name of the config's class, its arguments)
+MODELS = {
+  'gpt2': ('GPT2Config', GPT | NO_DROPOUT),
+  'gpt_bigcode': ('GPTBigCodeConfig', GPT | NO_DROPOUT | dict(multi_query=True)),
+  'llama': ('LlamaConfig', LLAMA),
+  'llama_tied': ('LlamaConfig', LLAMA | dict(tie_word_embeddings=True, rope_theta=500.0, head_dim=6)),
+  'mistral': ('MistralConfig', LLAMA | dict(sliding_window=None)),
+  'qwen2': ('Qwen2Config', LLAMA),
+  'gemma': ('GemmaConfig', LLAMA | dict(head_dim=8, tie_word_embeddings=True)),
+  'phi3': ('Phi3Config', LLAMA | dict(pad_token_id=0, original_max_position_embeddings=32)),
+  'stablelm': ('StableLmConfig', LLAMA | dict(partial_rotary_factor=0.5)),
+  'starcoder2': ('Starcoder2Config', LLAMA | dict(tie_word_embeddings=True, sliding_window=None)),
+  'opt': (
+    'OPTConfig',
+    dict(
+      vocab_size=24, hidden_size=16, ffn_dim=24, num_hidden_layers=2, num_attention_heads=4,
+      max_position_embeddings=32, word_embed_proj_dim=16, dropout=0.0,
+    ),
+  ),
+  'gpt_neox': ('GPTNeoXConfig', LLAMA | dict(rotary_pct=0.5)),
+  'gpt_neox_sequential': ('GPTNeoXConfig', LLAMA | dict(use_parallel_residual=False, rotary_pct=1.0)),
+  'gptj': ('GPTJConfig', GPT | NO_DROPOUT | dict(rotary_dim=2, tie_word_embeddings=False)),
+  'codegen': (
+    'CodeGenConfig',
+    dict(GPT, n_head=8, n_embd=32, n_ctx=32, rotary_dim=2, tie_word_embeddings=False) | NO_DROPOUT,
+  ),
+  'phi': ('PhiConfig', LLAMA | dict(partial_rotary_factor=0.5)),
+  'falcon': (
+    'FalconConfig',
+    dict(vocab_size=24, hidden_size=16, num_hidden_layers=2, num_attention_heads=4, multi_query=True, bias=False),
+  ),
+  'bloom': (
+    'BloomConfig',
+    dict(vocab_size=24, hidden_size=16, n_layer=2, n_head=4, hidden_dropout=0.0, attention_dropout=0.0),
+  ),
+  'mpt': (
+    'MptConfig', dict(vocab_size=24, d_model=16, n_layers=2, n_heads=4, max_seq_len=32),
+  ),
+  't5': ('T5Config', T5),
+  't5_gated': (
+    'T5Config',
+    T5 | dict(feed_forward_proj='gated-gelu', tie_word_embeddings=False, num_decoder_layers=1, d_kv=6),
+  ),
+  'mt5': ('MT5Config', T5 | dict(feed_forward_proj='gated-gelu', tie_word_embeddings=False)),
+}  # fmt: skip
+
+
+def write(folder: str, config: str, arguments: dict) -> None:
+  """One model and what is expected of it."""
+  import torch
+  import transformers
+  from safetensors.torch import load_file, save_file
+
+  torch.manual_seed(0)
+  told = getattr(transformers, config)(**arguments)
+  # T5's config of transformers 5 ties whatever it is told; published ones of T5 1.1 say that they are not
+  told.tie_word_embeddings = arguments.get('tie_word_embeddings', told.tie_word_embeddings)
+  if getattr(told, 'is_encoder_decoder', False):
+    told.tie_encoder_decoder = False
+    model = transformers.AutoModelForSeq2SeqLM.from_config(told, attn_implementation='eager')
+  else:
+    model = transformers.AutoModelForCausalLM.from_config(told, attn_implementation='eager')
+  model.set_input_embeddings(
+    model.get_input_embeddings()
+  )  # T5: one table for both sides, tied head or not
+  model = model.float().eval()
+  for p in model.parameters():
+    p.data += 0.2 * torch.randn_like(p)
+  model.save_pretrained(folder)
+  saved = load_file(os.path.join(folder, 'model.safetensors'))
+  # small ids pad in some models, whose embeddings then have no gradient
+  ids, targets = torch.randint(4, 24, (2, 10)), torch.randint(24, (2, 10))
+  encoder = torch.randint(4, 24, (2, 13))
+  inputs = dict(input_ids=ids)
+  if told.is_encoder_decoder:
+    inputs = dict(input_ids=encoder, decoder_input_ids=ids)
+  expected = dict(ids=ids, targets=targets, encoder=encoder)
+  tx = torch.optim.AdamW(model.parameters(), lr=RATE, betas=(0.9, 0.999), eps=EPS, weight_decay=0.0)
+  losses = []
+  for step in range(STEPS + 1):
+    logits = model(**inputs).logits
+    loss = torch.nn.functional.cross_entropy(logits.flatten(0, 1), targets.flatten())
+    tx.zero_grad()
+    loss.backward()
+    losses.append(loss.detach())
+    if step == 0:
+      expected['logits'] = logits.detach().clone()
+      for name, p in model.named_parameters():
+        name = name if name in saved else name.replace('lm_head', 'embed_out')  # GPT-NeoX
+        expected[f'gradient/{name}'] = torch.zeros_like(p) if p.grad is None else p.grad.clone()
+    tx.step()
+  expected['losses'] = torch.stack(losses)
+  save_file(expected, os.path.join(folder, 'expected.safetensors'))
+
+
+def main() -> None:
+  """All of them, or those named after the folder."""
+  root, *names = sys.argv[1:]
+  for name in names or MODELS:
+    folder = os.path.join(root, name)
+    os.makedirs(folder, exist_ok=True)
+    write(folder, *MODELS[name])
+    for extra in set(os.listdir(folder)) - {
+      'config.json',
+      'model.safetensors',
+      'expected.safetensors',
+    }:
+      os.remove(os.path.join(folder, extra))
+    print(folder)
+
+
+if __name__ == '__main__':
+  main()
