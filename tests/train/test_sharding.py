@@ -79,12 +79,19 @@ def train(
     layout = state_lib.layout(m, tx)
     state = state_lib.create(m, tx, 0, layout=layout)
     placed = mesh.place(batch())
-    grads = jax.jit(jax.grad(lambda p: objective(p, placed, jax.random.key(0)).sum))(state.params)
-    grads = jax.tree.map(np.asarray, grads)
     update = step.make(objective, tx, layout, microbatches=microbatches)
-    losses = []
+    key = jax.random.key(0)
+
+    @jax.jit  # one program for both: compiling is what takes time here
+    def both(state):
+      return jax.grad(lambda p: objective(p, placed, key).sum)(state.params), update(
+        state, placed, key
+      )
+
+    losses, grads = [], None
     for _ in range(updates):
-      state, metrics = update(state, placed, jax.random.key(0))
+      found, (state, metrics) = both(state)
+      grads = jax.tree.map(np.asarray, found) if grads is None else grads
       losses.append(float(metrics['loss']))
     where = jax.tree.map(lambda x: x.sharding, state)
     return losses, jax.tree.map(np.asarray, state.params), grads, where
