@@ -46,7 +46,7 @@ class Size(NamedTuple):
 
 SIZES = dict(
   small=Size(6, 384, 6, 1024, 256, 32, microbatches=8, chunk=256),
-  large=Size(8, 512, 8, 32_768, 512, 8, microbatches=4, chunk=256),
+  large=Size(8, 512, 8, 32_768, 512, 8, microbatches=4, chunk=64),
 )
 TOLERANCE = dict(f32=1e-3, bf16=3e-2)  # of the loss, relative
 
