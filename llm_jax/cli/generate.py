@@ -17,6 +17,7 @@ import jax
 from absl import flags
 
 from llm_jax.cli.flags import parse
+from llm_jax.cli.main import main as command
 from llm_jax.core.config import build, from_json
 from llm_jax.core.errors import UserError, nearest
 from llm_jax.data import vocab
@@ -137,3 +138,7 @@ def _note_end(model: Any, words: Any, prompts: list[str], max_new: int) -> None:
   if longest < limit < longest + max_new:
     note = f'the model has {limit} positions: the text ends after {limit - longest} tokens'
     print(f'llm-jax: note: {note}', file=sys.stderr)
+
+
+if __name__ == '__main__':  # python -m llm_jax.cli.generate
+  sys.exit(command(['generate', *sys.argv[1:]]))

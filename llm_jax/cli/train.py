@@ -8,11 +8,13 @@ The same command resumes from the newest checkpoint in the workdir. A config fil
 """
 
 import functools
+import sys
 
 import jax
 from absl import flags
 
 from llm_jax.cli.flags import join_cluster, parse, read_config
+from llm_jax.cli.main import main as command
 from llm_jax.core import mesh, metrics
 from llm_jax.core.config import build, to_json
 from llm_jax.model import count
@@ -60,3 +62,7 @@ def main(argv: list[str]) -> int:
         last, source, update, steps=cfg.steps, key=jax.random.key(cfg.seed), hooks=hooks
       )
       return report.finish(run, last)
+
+
+if __name__ == '__main__':  # python -m llm_jax.cli.train
+  sys.exit(command(['train', *sys.argv[1:]]))

@@ -100,6 +100,11 @@ class _Vocabulary:
     return np.array(self._base_bytes() + markers, np.int32)
 
   @property
+  def text_bytes(self) -> np.ndarray:
+    """`piece_bytes`, but 0 for markers: what of the text each id of a denoiser's targets stands for."""
+    return np.where(np.arange(self.size) < self.base, self.piece_bytes, 0)
+
+  @property
   def fingerprint(self) -> str:
     """Changes when any id changes its meaning."""
     return hashlib.sha256(

@@ -47,7 +47,8 @@ def evaluate(
   """Every `every` steps, and at the last, one pass over `source(run.model).once()`, or its first `batches`.
 
   objective: (model, params, batch, None) -> Loss, per target; its `nats` metric is used where it has one, so that a
-  z-loss or smoothing in the objective does not count. Writes, with N nats over W targets for B bytes of text:
+  z-loss or smoothing in the objective does not count. Writes, with N nats over W targets for B bytes of text (none for
+  sentinels and modes):
 
     NAME/nats_per_token = N / W,  NAME/perplexity = exp(N / W),  NAME/bits_per_byte = N / (ln 2 * B)
 
@@ -79,7 +80,7 @@ def _scorer(model: Any, objective: Callable, vocab: Any) -> Callable:
   Bytes are added as integers: 32 bits hold those of one batch, Python those of all.
   """
   table = np.zeros((max(model.card.vocab, vocab.size), 1), np.int32)
-  table[: vocab.size, 0] = vocab.piece_bytes
+  table[: vocab.size, 0] = vocab.text_bytes
 
   @jax.jit
   def score(params: Any, batch: Mapping[str, jax.Array]) -> dict[str, jax.Array]:

@@ -58,6 +58,8 @@ def test_markers_are_single_ids_at_the_end(all_kinds):
       assert v.encode(mode) == [v.modes[mode]]
       assert v.encode(f'x{mode}the') == [*v.encode('x'), v.modes[mode], *v.encode('the')]
     assert len(v.piece_bytes) == v.size
+    assert v.text_bytes[v.base :].sum() == 0
+    assert (v.text_bytes[: v.base] == v.piece_bytes[: v.base]).all()
 
 
 def test_no_markers():

@@ -28,7 +28,7 @@ from llm_jax.train.state import State
 
 ROOT = pathlib.Path(__file__).resolve().parents[2]
 MODEL = types.SimpleNamespace(card=types.SimpleNamespace(vocab=8))
-VOCAB = types.SimpleNamespace(size=6, piece_bytes=np.array([0, 0, 1, 2, 3, 7]))
+VOCAB = types.SimpleNamespace(size=6, text_bytes=np.array([0, 0, 1, 2, 3, 7]))
 
 
 class Source:
@@ -141,7 +141,7 @@ def test_evaluate_is_the_formula(tmp_path, capsys):
   (line,) = lines(tmp_path)
   targets = np.concatenate([b['targets'] for b in batches()])
   weights = np.concatenate([b['weights'] for b in batches()])
-  nats, size = ((0.5 + targets) * weights).sum(), VOCAB.piece_bytes[targets][weights > 0].sum()
+  nats, size = ((0.5 + targets) * weights).sum(), VOCAB.text_bytes[targets][weights > 0].sum()
   assert line['step'] == 8
   assert line['heldout/nats_per_token'] == pytest.approx(nats / weights.sum(), rel=1e-6)
   assert line['heldout/perplexity'] == pytest.approx(math.exp(nats / weights.sum()), rel=1e-5)
@@ -176,7 +176,7 @@ def test_evaluate_without_weights_counts_everything(tmp_path):
   hooks.evaluate(fake_run(tmp_path), source=lambda model: HeldOut(made), objective=plain, every=1)(
     1, make(), {}
   )
-  size = VOCAB.piece_bytes[np.stack([b['targets'] for b in made])].sum()
+  size = VOCAB.text_bytes[np.stack([b['targets'] for b in made])].sum()
   assert lines(tmp_path)[0]['heldout/bits_per_byte'] == pytest.approx(21.0 / math.log(2) / size)
 
 
