@@ -141,6 +141,15 @@ def to_ours(
       found.append(_import(row, family, name, read(name), sizes))
     for path, parts in zip(paths, zip(*found, strict=True), strict=True):
       ours[path] = np.stack(parts) if layers is not None else parts[0]
+  for row in (
+    family.rows
+  ):  # a head beside a tied table: the same values, or the config is of another checkpoint
+    name = there.get(row.theirs) if row.ours == 'head/w' and 'head/w' not in wanted else None
+    if name is not None and not np.array_equal(read(name), ours['embedding/table']):
+      raise UserError(
+        f'the config.json ties the head to the embedding, but {name!r} has other values: '
+        'set tie_word_embeddings to false in it'
+      )
   missing = sorted(wanted.keys() - ours.keys())
   if missing:
     raise UserError(f'the table of this architecture has no row for {missing[0]!r}')

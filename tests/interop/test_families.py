@@ -157,6 +157,10 @@ WRONG = {
     lambda f: edit(f, lambda t: t.update({Q: t[Q][:8]})),
     rf"'{Q}' has shape \(8, 16\).*\(16, 16\)",
   ),
+  'a head of its own': (
+    lambda f: change(f, tie_word_embeddings=True),
+    "ties the head to the embedding, but 'lm_head.weight' has other values",
+  ),
   'tied or not': (
     lambda f: edit(f, lambda t: t.pop('lm_head.weight')),
     "no tensor 'lm_head.weight'",
@@ -192,6 +196,13 @@ def test_several_files_half_precision_and_the_bare_model(tmp_path):
   found = huggingface.load(str(folder))[1]
   rounded = jax.tree.map(lambda x: np.asarray(jnp.asarray(x, jnp.bfloat16), np.float32), params)
   jax.tree.map(np.testing.assert_array_equal, found, rounded)
+
+
+def test_a_copy_of_the_tied_table_is_no_head(tmp_path):
+  _, params, _, _ = loaded('gpt2')
+  folder = copied('gpt2', tmp_path)
+  edit(folder, lambda t: t.update({'lm_head.weight': t['transformer.wte.weight'].copy()}))
+  jax.tree.map(np.testing.assert_array_equal, huggingface.load(str(folder))[1], params)
 
 
 def test_parameters_of_another_model_are_not_written(tmp_path):
