@@ -27,9 +27,7 @@ def get_config(text=None):
     schedules.cooldown, schedule=rsqrt, steps=arg.steps, length=arg.steps // 3
   )
   c.mesh.data = 1  # one device is enough for eight sequences
-  c.microbatches, c.objective.chunk = (
-    4,
-    128,
-  )  # what a part touches stays in the cache of a small machine
+  # what a part touches stays in the cache of a small machine
+  c.microbatches, c.objective.chunk = 4, 128
   c.hooks.heldout.every = c.hooks.plot.every = max(1, arg.steps // 10)
   return c

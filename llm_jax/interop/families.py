@@ -108,14 +108,9 @@ def split(attn: str, q: str, k: str, v: str, out: str) -> tuple[Row, ...]:
 
 
 QKV = 'mixer/query mixer/key mixer/value'
-JOINED, JOINED_BIAS = (
-  '(n k) d -> d n k',
-  '(n k) -> n k',
-)  # all queries, then all keys, then all values
-PER_HEAD, PER_HEAD_BIAS = (
-  '(h p k) d -> p d h k',
-  '(h p k) -> p h k',
-)  # query, key, value of one head after another
+# All queries, then all keys, then all values; and query, key, value of one head after another.
+JOINED, JOINED_BIAS = '(n k) d -> d n k', '(n k) -> n k'
+PER_HEAD, PER_HEAD_BIAS = '(h p k) d -> p d h k', '(h p k) -> p h k'
 
 
 def _llama_rows(add: float = 0.0) -> tuple[Row, ...]:
@@ -186,7 +181,7 @@ BLOCK_NORMS = (
   *norm(f'{LAYER}mixer_norm', 'layers.*.input_layernorm'),
   *norm(f'{LAYER}ffn_norm', 'layers.*.post_attention_layernorm'),
 )
-MASKS = ('attn.bias', 'attn.masked_bias', 'attn.causal_mask', 'attention.bias', 'attention.masked_bias')  # fmt: skip
+MASKS = ('.attn.bias', '.masked_bias', '.attn.causal_mask', '.attention.bias')
 BUFFERS = ('rotary_emb.inv_freq', 'lm_head.weight', 'embed_out.weight', *MASKS)
 
 LLAMA = _llama_rows()

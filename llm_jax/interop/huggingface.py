@@ -103,8 +103,11 @@ class Tensors:
   def _all(self, folder: str) -> list[str]:
     index = os.path.join(folder, INDEX)
     if os.path.exists(index):
-      with open(index, encoding='utf-8') as f:
-        return sorted(set(json.load(f)['weight_map'].values()))
+      try:
+        with open(index, encoding='utf-8') as f:
+          return sorted(set(json.load(f)['weight_map'].values()))
+      except (ValueError, KeyError) as e:
+        raise UserError(f'{index} is no index of tensors ({e}): download it again') from e
     if not os.path.exists(os.path.join(folder, WEIGHTS)):
       raise UserError(
         f'{folder} has neither {WEIGHTS} nor {INDEX}: other formats are not read, save it as safetensors'
@@ -141,9 +144,8 @@ def to_ours(
       found.append(_import(row, family, name, read(name), sizes))
     for path, parts in zip(paths, zip(*found, strict=True), strict=True):
       ours[path] = np.stack(parts) if layers is not None else parts[0]
-  for row in (
-    family.rows
-  ):  # a head beside a tied table: the same values, or the config is of another checkpoint
+  # a head beside a tied table: the same values, or the config is of another checkpoint
+  for row in family.rows:
     name = there.get(row.theirs) if row.ours == 'head/w' and 'head/w' not in wanted else None
     if name is not None and not np.array_equal(read(name), ours['embedding/table']):
       raise UserError(

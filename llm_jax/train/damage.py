@@ -65,9 +65,8 @@ def hush() -> None:
   excepthook.hushed = True
   sys.excepthook = excepthook
   sys.unraisablehook = lambda info: None if _is_noise(info.exc_value) else of_coroutines(info)
-  abandoned = (
-    'exception was never retrieved'  # by asyncio, of the arrays read beside the one that failed
-  )
+  # what asyncio says of the arrays that were read beside the one that failed
+  abandoned = 'exception was never retrieved'
   logging.getLogger('asyncio').addFilter(lambda record: abandoned not in record.getMessage())
 
 

@@ -147,6 +147,10 @@ WRONG = {
   'not JSON': (lambda f: (f / 'config.json').write_text('{'), 'config.json is not JSON'),
   'no config': (lambda f: (f / 'config.json').unlink(), 'no Hugging Face folder'),
   'no weights': (lambda f: (f / 'model.safetensors').unlink(), 'neither model.safetensors nor'),
+  'a broken index': (
+    lambda f: (f / 'model.safetensors.index.json').write_text('{}'),
+    'is no index of tensors',
+  ),
   'cut off': (lambda f: cut(f / 'model.safetensors'), 'cannot be read'),
   'a tensor is missing': (lambda f: edit(f, lambda t: t.pop(Q)), Q.removeprefix('model.')),
   'a tensor too many': (
