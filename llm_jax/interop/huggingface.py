@@ -3,7 +3,7 @@
     model, params = huggingface.load('DIR')
     huggingface.save('DIR2', params, huggingface.settings('DIR'))
 
-What goes where is data, in `families.py`; here is what obeys it.
+What goes where is data, in `table.py` and `architectures/`; here is what obeys it.
 """
 
 import json
@@ -23,8 +23,8 @@ from llm_jax.core import tree
 from llm_jax.core.config import ConfigDict, build
 from llm_jax.core.errors import UserError
 from llm_jax.interop import families
-from llm_jax.interop.architectures import Settings
-from llm_jax.interop.families import Family, Row
+from llm_jax.interop.settings import Settings
+from llm_jax.interop.table import ENCODER, LAYER, Family, Row
 from llm_jax.model.transformer import Model
 
 CONFIG, WEIGHTS, INDEX = 'config.json', 'model.safetensors', 'model.safetensors.index.json'
@@ -133,15 +133,22 @@ def to_ours(
   """
   there = {_bare(family, name): name for name in names}
   ours: dict[str, np.ndarray] = {}
-  for row, paths in _applying(family, wanted):
-    layers = wanted[paths[0]].shape[0] if '*' in row.theirs else None
-    found = []
-    for theirs in _names(row, layers):
+  for row, paths, layers in _applying(family, wanted):
+    stacks = (layers is not None) + (
+      '#' in row.theirs
+    )  # leading axes of ours that are names of theirs
+    sizes = [wanted[path].shape[stacks:] for path in paths]
+
+    def one(theirs: str, row: Row = row, sizes: list = sizes) -> list[np.ndarray]:
       if theirs not in there:
         raise UserError(f'the checkpoint has no tensor {theirs!r}, which its config.json asks for')
       name = there.pop(theirs)
-      sizes = [wanted[path].shape[layers is not None :] for path in paths]
-      found.append(_import(row, family, name, read(name), sizes))
+      return _import(row, family, name, read(name), sizes)
+
+    found = [
+      _stacked([one(name) for name in of]) if '#' in row.theirs else one(of[0])
+      for of in _names(row, layers, wanted[paths[0]].shape)
+    ]
     for path, parts in zip(paths, zip(*found, strict=True), strict=True):
       ours[path] = np.stack(parts) if layers is not None else parts[0]
   # a head beside a tied table: the same values, or the config is of another checkpoint
@@ -166,12 +173,13 @@ def to_ours(
 def to_theirs(family: Family, ours: Mapping[str, np.ndarray]) -> dict[str, np.ndarray]:
   """Our parameters, by path, as their tensors."""
   theirs = {}
-  for row, paths in _applying(family, ours):
-    layers = ours[paths[0]].shape[0] if '*' in row.theirs else None
-    for i, name in enumerate(_names(row, layers)):
-      parts = [ours[path] if layers is None else ours[path][i] for path in paths]
-      prefix = '' if paths[0].startswith('head/') else family.prefix
-      theirs[prefix + name] = np.ascontiguousarray(_export(row, family, parts))
+  for row, paths, layers in _applying(family, ours):
+    prefix = '' if paths[0].startswith('head/') else family.prefix
+    for i, of in enumerate(_names(row, layers, ours[paths[0]].shape)):
+      layer = [ours[path] if layers is None else ours[path][i] for path in paths]
+      for j, name in enumerate(of):
+        parts = [x[j] for x in layer] if '#' in row.theirs else layer
+        theirs[prefix + name] = np.ascontiguousarray(_export(row, family, parts))
   return theirs
 
 
@@ -183,22 +191,52 @@ def _bare(family: Family, name: str) -> str:
   return name
 
 
-def _applying(family: Family, paths: Mapping[str, Any]) -> list[tuple[Row, tuple[str, ...]]]:
-  """The rows for these paths of ours, the first for each."""
+def _applying(
+  family: Family, wanted: Mapping[str, Any]
+) -> list[tuple[Row, tuple[str, ...], list[int] | None]]:
+  """The rows for these paths of ours with the numbers of the layers that a path stacks, the first row for each."""
   found, filled = [], set()
   for row in family.rows:
     ours = row.ours if isinstance(row.ours, tuple) else (row.ours,)
-    needed = {*ours} | ({row.needs} if row.needs else set())
-    if needed <= paths.keys() and not filled & {*ours}:
-      found.append((row, ours))
-      filled |= {*ours}
+    stack = next((stack for stack in (LAYER, ENCODER) if ours[0].startswith(stack)), None)
+    for place, layers in _places(stack, wanted) if stack else [('', None)]:
+      paths = tuple(path.replace(stack or '', place) if stack else path for path in ours)
+      needed = {*paths, *([row.needs.replace(stack or '', place)] if row.needs else [])}
+      if needed <= wanted.keys() and not filled & {*paths}:
+        found.append((row, paths, layers))
+        filled |= {*paths}
   return found
 
 
-def _names(row: Row, layers: int | None) -> list[str]:
-  return (
-    [row.theirs] if layers is None else [row.theirs.replace('*', str(i)) for i in range(layers)]
-  )
+def _places(stack: str, wanted: Mapping[str, Any]) -> list[tuple[str, list[int]]]:
+  """Where the layers of a stack lie, 'decoder/layers_1/block_0/', and the numbers of the layers stacked there."""
+  at = re.compile(re.escape(stack.removesuffix('layer/')) + r'layers(?:_(\d+))?/block_(\d+)/')
+  sizes: dict[int, dict[int, int]] = {}  # segment -> block -> repeats
+  for path, x in wanted.items():
+    if m := at.match(path):
+      sizes.setdefault(int(m[1] or 0), {})[int(m[2])] = x.shape[0]
+  found, first = [], 0
+  for segment, blocks in sorted(sizes.items()):
+    name = stack.removesuffix('layer/') + (f'layers_{segment}' if segment else 'layers')
+    for block, repeats in sorted(blocks.items()):
+      numbers = [first + block + i * len(blocks) for i in range(repeats)]
+      found.append((f'{name}/block_{block}/', numbers))
+    first += sum(blocks.values())
+  return found
+
+
+def _names(row: Row, layers: list[int] | None, shape: tuple[int, ...]) -> list[list[str]]:
+  """Their names for one path of ours: by layer, then by expert."""
+  experts = range(shape[layers is not None]) if '#' in row.theirs else [0]
+  return [
+    [row.theirs.replace('*', str(i)).replace('#', str(j)) for j in experts]
+    for i in (layers if layers is not None else [0])
+  ]
+
+
+def _stacked(experts: list[list[np.ndarray]]) -> list[np.ndarray]:
+  """The parts of every expert, each on a leading axis."""
+  return [np.stack(part) for part in zip(*experts, strict=True)]
 
 
 def _import(

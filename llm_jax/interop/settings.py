@@ -1,0 +1,116 @@
+"""A `config.json` read: its keys under their several names, and the parts of a model that many architectures share.
+
+A setting that would change the numbers and that our model does not have is refused by its name.
+"""
+
+from collections.abc import Callable, Mapping
+from typing import Any
+
+from llm_jax.core.config import ConfigDict, use
+from llm_jax.core.errors import UserError, nearest
+from llm_jax.model import attention, block, ffn, heads, norms, positions, transformer
+
+Settings = Mapping[str, Any]  # a config.json
+
+ACTIVATIONS = dict(
+  relu=ffn.relu,
+  gelu=ffn.gelu,
+  gelu_new=ffn.gelu_tanh,
+  gelu_fast=ffn.gelu_tanh,
+  gelu_pytorch_tanh=ffn.gelu_tanh,
+  silu=ffn.silu,
+  swish=ffn.silu,
+)
+
+
+def get(c: Settings, *keys: str, default: Any = UserError) -> Any:
+  """The first of the keys that is there and not null."""
+  for key in keys:
+    if c.get(key) is not None:
+      return c[key]
+  if default is UserError:
+    raise UserError(f'config.json has no {keys[0]!r}: {nearest(keys[0], c)}')
+  return default
+
+
+def expect(c: Settings, **wanted: Any) -> None:
+  """Refuses a config with settings that would change the numbers and that our model does not have."""
+  for key, value in wanted.items():
+    found = c.get(key)
+    if found is not None and found != value:
+      raise UserError(
+        f'config.json has {key}={found!r}, which is not supported: only {key}={value!r} is'
+      )
+
+
+def activation(name: str) -> ConfigDict:
+  """Their name of an activation as ours."""
+  if name not in ACTIVATIONS:
+    raise UserError(f'config.json has the activation {name!r}: {nearest(name, ACTIVATIONS)}')
+  return use(ACTIVATIONS[name])
+
+
+def rotation(c: Settings, fn: Callable = positions.rope, fraction: float = 1.0) -> ConfigDict:
+  """RoPE as a config says; transformers 5 keeps it in `rope_parameters`."""
+  told = dict(get(c, 'rope_parameters', 'rope_scaling', default={}))
+  kind = told.get('rope_type', told.get('type', 'default'))
+  if kind != 'default':
+    raise UserError(
+      f'config.json has RoPE of type {kind!r}, which is not supported: only the default is'
+    )
+  base = told.get('rope_theta', get(c, 'rope_theta', 'rotary_emb_base', default=10_000.0))
+  fraction = told.get('partial_rotary_factor', fraction)
+  return use(fn, base=float(base), fraction=float(fraction))
+
+
+def no_window(c: Settings) -> None:
+  """Refuses a sliding window that is shorter than the context."""
+  window = c.get('sliding_window')
+  if c.get('use_sliding_window', True) and window and window < get(c, 'max_position_embeddings'):
+    raise UserError(
+      f'config.json has sliding_window={window}, which is not supported: only full attention is'
+    )
+
+
+def layer_norm(c: Settings, *keys: str, bias: bool = True) -> ConfigDict:
+  """LayerNorm with their eps."""
+  return use(norms.LayerNorm, eps=float(get(c, *keys, default=1e-5)), bias=bias)
+
+
+def rms_norm(c: Settings) -> ConfigDict:
+  """RMSNorm with their eps."""
+  return use(norms.RMSNorm, eps=float(get(c, 'rms_norm_eps')))
+
+
+def tied(c: Settings, default: bool, bias: bool = False) -> ConfigDict:
+  """The head: the embedding table, or a matrix of its own."""
+  return use(heads.Tied) if c.get('tie_word_embeddings', default) else use(heads.Untied, bias=bias)
+
+
+def decoder(c: Settings, **parts: Any) -> ConfigDict:
+  """A causal decoder with the sizes of a config under their usual names."""
+  layer = {k: parts.pop(k) for k in ('mixer', 'ffn', 'norm', 'residual') if k in parts}
+  return use(
+    transformer.causal,
+    **dict(
+      vocab=get(c, 'vocab_size'),
+      embed=get(c, 'hidden_size', 'n_embd', 'd_model'),
+      layers=get(c, 'num_hidden_layers', 'n_layer', 'n_layers'),
+      block=use(block.decoder, **layer),
+      norm=layer['norm'],
+    )
+    | parts,
+  )
+
+
+def self_attention(c: Settings, **kw: Any) -> ConfigDict:
+  """Self-attention with their number of heads."""
+  return use(
+    attention.SelfAttention,
+    **dict(heads=get(c, 'num_attention_heads', 'n_head', 'n_heads', 'num_heads')) | kw,
+  )
+
+
+def mlp(c: Settings, hidden: int, name: str, bias: bool = True) -> ConfigDict:
+  """Two products and an activation, with biases."""
+  return use(ffn.MLP, hidden=hidden, activation=activation(name), bias=bias)
