@@ -95,8 +95,10 @@ class SelfAttention(nn.Module):
   """Multi-head, grouped-query or multi-query attention (Vaswani et al. 2017, arXiv:1706.03762, section 3.2).
 
   heads: of the queries. groups: of keys and values, None = heads. head_dim: None = embed / heads. bias: on all four
-  projections; out_bias: where the last one differs. rotate: a rotation of queries and keys by their positions, or None.
-  scale: of the logits, None = 1/sqrt(head_dim). cap: soft cap of the logits. dropout: on the probabilities.
+  projections; out_bias: where the last one differs. norm: of each head's queries and keys, before they are rotated
+  (QK-norm; Dehghani et al. 2023, arXiv:2302.05442, section 2.1). rotate: a rotation of queries and keys by their
+  positions, or None. window, sinks, sees: a sparse pattern, see model/masks.py. scale: of the logits, None =
+  1/sqrt(head_dim). cap: soft cap of the logits. dropout: on the probabilities.
   """
 
   heads: int
@@ -104,7 +106,11 @@ class SelfAttention(nn.Module):
   head_dim: int | None = None
   bias: bool = False
   out_bias: bool | None = None
+  norm: Callable | None = None
   rotate: Callable | None = positions.rope
+  window: int | None = None
+  sinks: int = 0
+  sees: Callable | None = None
   kernel: Callable = kernels.reference
   scale: float | None = None
   cap: float | None = None
@@ -118,12 +124,20 @@ class SelfAttention(nn.Module):
     q = _project(self, 'query', x, 'h', (heads, head_dim))
     k = _project(self, 'key', x, 'g', (groups, head_dim))
     v = _project(self, 'value', x, 'g', (groups, head_dim))
+    if self.norm is not None:
+      q, k = self.norm(name='query_norm')(q), self.norm(name='key_norm')(k)
     if self.rotate is not None:
       q, k = self.rotate(q, ctx.positions), self.rotate(k, ctx.positions)
+    places = ctx.positions
     if state is not None:
       state = write(state, dict(k=k, v=v), ctx.positions)
       k, v = (state[name].astype(q.dtype) for name in ('k', 'v'))
-    return _output(self, _attend(self, q, k, v, ctx.mask, ctx, ctx.bias), x.shape[-1]), state
+      places = jnp.arange(k.shape[1])[None]
+    mask = ctx.mask
+    if self.window is not None or self.sees is not None:
+      pattern = dict(window=self.window, sinks=self.sinks, sees=self.sees)
+      mask = mask._replace(**pattern, places=(ctx.positions, places))
+    return _output(self, _attend(self, q, k, v, mask, ctx, ctx.bias), x.shape[-1]), state
 
   @nn.nowrap
   def initial(self, batch: int, length: int, embed: int, dtype: Any) -> State:

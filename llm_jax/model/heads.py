@@ -18,19 +18,25 @@ class Embedding(nn.Module):
   scaled: times sqrt(embed) (Vaswani et al. 2017, section 3.4). dropout: on the result, positions included. gradient:
   the share a of the gradient that reaches the table, e = a * e + (1 - a) * stop_gradient(e) (GLM-130B, Zeng et al.
   2022, arXiv:2210.02414, section 3.1: 0.1). norm: on the vectors, before positions are added (BLOOM, Le Scao et al.
-  2022, arXiv:2211.05100, section 3.2.3).
+  2022, arXiv:2211.05100, section 3.2.3). rank: width of the table, then projected to embed; None = embed (ALBERT, Lan
+  et al. 2019, arXiv:1909.11942, section 3.1; OPT-350M).
   """
 
   scaled: bool = False
   dropout: float = 0.0
   gradient: float = 1.0
   norm: Callable | None = None
+  rank: int | None = None
 
   @nn.compact
   def __call__(self, ids: jax.Array, rows: int, embed: int, dtype: Any) -> jax.Array:
     """ids: int [batch, t], rows: of the table. Returns [batch, t, embed]."""
-    table = param.weight(self, 'table', (rows, embed), ('vocab', 'embed'), 'embedding')
+    axes = ('vocab', 'embed' if self.rank is None else 'rank')
+    table = param.weight(self, 'table', (rows, self.rank or embed), axes, 'embedding')
     x = weights.lookup(table, ids, dtype=dtype)
+    if self.rank is not None:
+      w = param.weight(self, 'project', (self.rank, embed), ('rank', 'embed'), 'head')
+      x = weights.einsum('btr,rd->btd', x, w)
     if self.gradient != 1.0:
       x = self.gradient * x + (1 - self.gradient) * jax.lax.stop_gradient(x)
     x = x * jnp.asarray(embed**0.5, dtype) if self.scaled else x
@@ -45,7 +51,8 @@ class Embedding(nn.Module):
 class Tied(nn.Module):
   """Logits from the embedding table (Press & Wolf 2017, arXiv:1608.05859).
 
-  scaled: x / sqrt(embed) first, for tables of N(0, 1) (T5, PaLM). cap: cap * tanh(logits / cap) (Gemma 2).
+  scaled: x / sqrt(embed) first, for tables of N(0, 1) (T5, PaLM). cap: cap * tanh(logits / cap) (Gemma 2). A table
+  narrower than the model is met through a projection.
   """
 
   scaled: bool = False
@@ -55,10 +62,16 @@ class Tied(nn.Module):
 
   @nn.compact
   def __call__(self, x: jax.Array, rows: int, table: Any) -> jax.Array:
-    """x: [batch, t, embed], table: [rows, embed]. Returns f32 [batch, t, rows]."""
+    """x: [batch, t, embed], table: [rows, embed or rank]. Returns f32 [batch, t, rows]."""
     if self.scaled:
       x = x * jnp.asarray(x.shape[-1] ** -0.5, x.dtype)
-    return soft_cap(weights.einsum('btd,vd->btv', x, table, dtype=jnp.float32), self.cap)
+    if table.shape[-1] == x.shape[-1]:
+      return soft_cap(weights.einsum('btd,vd->btv', x, table, dtype=jnp.float32), self.cap)
+    shape = (x.shape[-1], table.shape[-1])
+    x = weights.einsum(
+      'btd,dr->btr', x, param.weight(self, 'project', shape, ('embed', 'rank'), 'head')
+    )
+    return soft_cap(weights.einsum('btr,vr->btv', x, table, dtype=jnp.float32), self.cap)
 
 
 class Untied(nn.Module):

@@ -5,6 +5,8 @@ the stack (2 per decoder block). All of them draw from a normal distribution; sc
 Roles: embedding, positions, query, key, value, attention_out, ffn_in, ffn_out, head, buckets.
 """
 
+import math
+
 import jax
 
 from llm_jax.model import param
@@ -48,3 +50,17 @@ def palm(role: str, shape: tuple, axes: tuple, embed: int, residuals: int) -> pa
   return normal(
     embed**-0.5 if role in ('buckets', 'positions') else param.fan_in(shape, axes) ** -0.5
   )
+
+
+def deepnorm(
+  role: str, shape: tuple, axes: tuple, embed: int, residuals: int, *, beta: float
+) -> param.Initializer:
+  """Xavier's sqrt(2 / (fan_in + fan_out)), times `beta` for values, the attention's output and the feed-forward (Wang
+  et al. 2022, arXiv:2203.00555, figure 2). Use it with `norms.deepnorm`."""
+  del residuals
+  if role in ('embedding', 'positions', 'buckets'):
+    return normal(0.02)
+  inward = param.fan_in(shape, axes)
+  outward = math.prod(n for n, a in zip(shape, axes, strict=True) if a not in ('layers', 'expert'))
+  scale = beta if role in ('value', 'attention_out', 'ffn_in', 'ffn_out') else 1.0
+  return normal(scale * (2 / (inward + outward // inward)) ** 0.5)

@@ -34,7 +34,9 @@ def reference(
   rng: jax.Array | None = None,
 ) -> jax.Array:
   """The formula in einsums; holds the [b, h, t, s] logits in f32."""
-  return _softmax_average(q, k, v, mask, bias, scale, cap, dropout, rng)
+  return _softmax_average(
+    q, k, v, mask.dense(q.shape[1], k.shape[1]), bias, scale, cap, dropout, rng
+  )
 
 
 def blocked(
@@ -58,15 +60,101 @@ def blocked(
   """
   t = q.shape[1]
   if blocks == 1 or not mask.causal or mask.prefix is not None or mask.queries is not None:
-    return _softmax_average(q, k, v, mask, bias, scale, cap, dropout, rng)
+    return _softmax_average(
+      q, k, v, mask.dense(q.shape[1], k.shape[1]), bias, scale, cap, dropout, rng
+    )
   size, out = -(-t // blocks), []
   for i in range(0, t, size):
     end = min(i + size, t)
     rows = None if bias is None else bias[:, :, i:end, :end]
     key = None if rng is None else jax.random.fold_in(rng, i)
-    args = (q[:, i:end], k[:, :end], v[:, :end], mask.rows(i, end), rows, scale, cap, dropout, key)
+    seen = mask.rows(i, end).dense(end - i, end)
+    args = (q[:, i:end], k[:, :end], v[:, :end], seen, rows, scale, cap, dropout, key)
     out.append(_softmax_average(*args))
   return jnp.concatenate(out, axis=1)
+
+
+def banded(
+  q: jax.Array,
+  k: jax.Array,
+  v: jax.Array,
+  mask: Mask = Mask(),
+  bias: jax.Array | None = None,
+  scale: float | None = None,
+  cap: float | None = None,
+  dropout: float = 0.0,
+  rng: jax.Array | None = None,
+) -> jax.Array:
+  """`reference` for a causal window, in time and memory linear in t: blocks of a window's length, each against its own
+  keys, those of the block before, and the sinks.
+
+  Decoding, whose queries are few, goes to `reference`. Raises `UserError` for anything else without a causal window.
+  """
+  if mask.queries is not None:
+    return _softmax_average(
+      q, k, v, mask.dense(q.shape[1], k.shape[1]), bias, scale, cap, dropout, rng
+    )
+  if mask.window is None or mask.sees or mask.windows is not None or not mask.causal:
+    raise UserError('the kernel banded needs causal attention with a window and no other pattern')
+  if bias is not None or mask.prefix is not None:
+    what = 'position bias' if bias is not None else 'prefix'
+    raise UserError(f'the kernel banded takes no {what}; use llm_jax.model.kernels:reference')
+  t, w = q.shape[1], min(mask.window, q.shape[1])
+  blocks = -(-t // w)
+  seen, sinks = _band(mask, t, w, blocks)
+  if dropout and rng is not None:
+    rng = jax.random.split(rng, blocks)
+  args = (_cut(q, w), _pairs(k, w, sinks), _pairs(v, w, sinks), seen)
+  one = lambda q, k, v, seen, rng: _softmax_average(q, k, v, seen, None, scale, cap, dropout, rng)
+  out = jax.vmap(one, (1, 1, 1, 1, None if rng is None else 0), 1)(*args, rng)
+  return out.reshape(q.shape[0], blocks * w, *q.shape[2:])[:, :t]
+
+
+def _band(mask: Mask, t: int, w: int, blocks: int) -> tuple[jax.Array, jax.Array]:
+  """What `banded` looks at: bool [b or 1, blocks, 1, w, sinks + 2w], and the indices of the sinks [b or 1, blocks,
+  sinks].
+
+  A document that began before the block before holds that block's first token, so there is one at most, and its sinks
+  are the only ones that are not among the neighbours.
+  """
+  index = jnp.arange(t)[None]
+  place = index if mask.places is None else mask.places[0]
+  segment = jnp.ones_like(index) if mask.segments is None else mask.segments[0]
+  place, segment = jnp.broadcast_arrays(place, segment)
+  first = jnp.maximum(jnp.arange(blocks) * w - w, 0)  # of the block before
+  sinks = (first - place[:, first])[..., None] + jnp.arange(mask.sinks)
+  shape = (len(segment), blocks, w + w)
+  # the index of every neighbour, -1 in front of the sequence and behind it
+  near = jnp.broadcast_to(
+    (first[:, None] - w * (jnp.arange(blocks) == 0)[:, None] + jnp.arange(2 * w)), shape
+  )
+  real = (near >= 0) & (near < t)
+  at = jnp.clip(near, 0, t - 1).reshape(len(segment), -1)
+  of = lambda x: jnp.take_along_axis(x, at, 1).reshape(shape)
+  own = near[:, :, w:, None]
+  reach = (own - near[:, :, None] < w) | (of(place) < mask.sinks)[:, :, None]
+  seen = real[:, :, None] & (near[:, :, None] <= own) & reach
+  seen &= of(segment)[:, :, None] == of(segment)[:, :, w:, None]
+  far = sinks < jnp.where(jnp.arange(blocks) == 0, 0, first)[:, None]
+  told = jnp.take_along_axis(segment, sinks.reshape(len(segment), -1), 1).reshape(sinks.shape)
+  far = far[:, :, None] & (told[:, :, None] == of(segment)[:, :, w:, None])
+  return jnp.concatenate([far, seen], axis=-1)[:, :, None], sinks
+
+
+def _cut(x: jax.Array, w: int) -> jax.Array:
+  """[b, t, ...] -> [b, blocks, w, ...], filled up with zeros."""
+  blocks = -(-x.shape[1] // w)
+  x = jnp.pad(x, ((0, 0), (0, blocks * w - x.shape[1]), *((0, 0),) * (x.ndim - 2)))
+  return x.reshape(x.shape[0], blocks, w, *x.shape[2:])
+
+
+def _pairs(x: jax.Array, w: int, sinks: jax.Array) -> jax.Array:
+  """[b, t, ...] -> [b, blocks, sinks + 2w, ...]: the sinks, the block before, the own."""
+  own = _cut(x, w)
+  before = jnp.concatenate([jnp.zeros_like(own[:, :1]), own[:, :-1]], axis=1)
+  sinks = jnp.broadcast_to(sinks, (x.shape[0], *sinks.shape[1:]))
+  far = x[jnp.arange(x.shape[0])[:, None, None], sinks]
+  return jnp.concatenate([far, before, own], axis=2)
 
 
 def dot_product(
@@ -89,9 +177,11 @@ def dot_product(
   return jax.nn.dot_product_attention(q, k, v, bias, seen, scale=scale, is_causal=causal)
 
 
-def _softmax_average(q, k, v, mask, bias, scale, cap, dropout, rng) -> jax.Array:
-  """Arguments as above. Divides by the sum of the exponentials last: one pass less over [b, h, t, s]."""
-  (b, t, h, n), (s, g) = q.shape, k.shape[1:3]
+def _softmax_average(q, k, v, seen, bias, scale, cap, dropout, rng) -> jax.Array:
+  """Arguments as above, `seen` bool, broadcastable to [b, 1, t, s], or None. Divides by the sum of the exponentials
+  last: one pass less over [b, h, t, s].
+  """
+  (b, t, h, n), g = q.shape, k.shape[2]
   q = q * jnp.asarray(n**-0.5 if scale is None else scale, q.dtype)
   if g == h:
     logits = jnp.einsum('bthk,bshk->bhts', q, k, preferred_element_type=jnp.float32)
@@ -102,7 +192,6 @@ def _softmax_average(q, k, v, mask, bias, scale, cap, dropout, rng) -> jax.Array
     logits = cap * jnp.tanh(logits / cap)
   if bias is not None:
     logits = logits + (bias if g == h else _split_heads(bias, g))
-  seen = mask.dense(t, s)
   if seen is not None:
     logits = jnp.where(seen if g == h else seen[:, :, None], logits, HIDDEN)
   e = jnp.exp(logits - jax.lax.stop_gradient(logits.max(-1, keepdims=True)))

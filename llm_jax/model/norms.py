@@ -65,6 +65,17 @@ def post(x: jax.Array, sublayers: Sublayers, norm: Callable) -> jax.Array:
   return x
 
 
+def deepnorm(x: jax.Array, sublayers: Sublayers, norm: Callable, *, alpha: float) -> jax.Array:
+  """norm(alpha * x + sublayer(x)) (Wang et al. 2022, arXiv:2203.00555, section 3.2); build the model with `norm=None`.
+
+  alpha: (2 layers)^(1/4) for a decoder, with `init.deepnorm(beta=(8 layers)^(-1/4))`; GLM-130B (arXiv:2210.02414,
+  section 2.2) takes (2 layers)^(1/2) and beta=(2 layers)^(-1/2).
+  """
+  for name, sublayer in sublayers:
+    x = norm(f'{name}_norm')(alpha * x + sublayer(x))
+  return x
+
+
 def sandwich(x: jax.Array, sublayers: Sublayers, norm: Callable) -> jax.Array:
   """x + norm(sublayer(norm(x))) (Ding et al. 2021, arXiv:2105.13290)."""
   for name, sublayer in sublayers:
@@ -91,6 +102,7 @@ def parallel_norms(x: jax.Array, sublayers: Sublayers, norm: Callable) -> jax.Ar
 NORMS = dict(
   pre=lambda n: n,
   post=lambda n: n,
+  deepnorm=lambda n: n,
   sandwich=lambda n: 2 * n,
   parallel=lambda n: 1,
   parallel_norms=lambda n: n,

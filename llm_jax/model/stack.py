@@ -67,7 +67,7 @@ def keys(stack: tuple[Segment, ...]) -> list[str]:
 def declare(stack: tuple[Segment, ...], embed: int) -> dict:
   """The declared weights of all segments, stacked."""
   x = jnp.zeros((1, 1, embed))
-  ctx = Context(Mask(), jnp.zeros((1, 1), jnp.int32), encoded=x)
+  ctx = Context(Mask(causal=True), jnp.zeros((1, 1), jnp.int32), encoded=x)
   return {
     key: {
       f'block_{i}': param.stack(param.declare(block, x, ctx), segment.repeats)

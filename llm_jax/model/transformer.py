@@ -217,6 +217,7 @@ def _decoder_only(ends: _Ends, decoder: _Stack) -> Model:
     segments = None if states is not None or 'segments' not in batch else (batch['segments'],) * 2
     seen = _prefix(batch, keys) if ends.kind == 'prefix' else None
     mask = Mask(True, seen, segments, None if states is None else positions)
+    mask = mask._replace(windows=batch.get('windows'))
     ctx = Context(mask, positions, _bias(decoder, params, mask, x.shape[1], keys), rngs[1])
     return _run(decoder, params, x, ctx, states)
 
@@ -270,10 +271,10 @@ def _model(
 ) -> Model:
   """The parameters of all parts, and the functions that need nothing but those."""
   x, ids = jnp.zeros((1, 1, ends.embed)), jnp.zeros((1, 1), jnp.int32)
-  table = jax.ShapeDtypeStruct((ends.rows, ends.embed), jnp.float32)
   shared = dict(embedding=param.declare(ends.embedding, ids, ends.rows, ends.embed, ends.dtype))
   if ends.positions is not None:
     shared['positions'] = param.declare(ends.positions, ids, ends.embed, ends.length)
+  table = shared['embedding']['table'].value
   shared['head'] = param.declare(ends.head, x, ends.rows, table)
   stacks = [s for s in (encoder, decoder) if s is not None]
   parts = {s.name: _declare(s, ends.embed) for s in stacks}
@@ -289,7 +290,7 @@ def _model(
     }
 
   def head(params: Params) -> Params:
-    return {ends.head.reads: params[ends.head.reads]}
+    return {name: params[name] for name in ('head', ends.head.reads) if name in params}
 
   def logits(params: Params, x: jax.Array) -> jax.Array:
     table = params['embedding']['table'] if ends.head.reads == 'embedding' else None

@@ -1,5 +1,7 @@
 """Kernels against a numpy loop, and attention modules against one another."""
 
+import re
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -54,6 +56,49 @@ def test_kernels_are_the_formula(kernel, groups, mask):
   for b, scale in ((None, None), (bias, 1.0)):
     got = jax.jit(lambda *a: kernel(*a, MASKS[mask], b, scale))(Q, k, v)  # noqa: B023
     np.testing.assert_allclose(got, by_hand(Q, k, v, MASKS[mask], b, scale), rtol=2e-5, atol=2e-5)
+
+
+PLACES = jnp.array([[*range(7)], [0, 1, 2, 0, 1, 2, 0]])
+PACKED = dict(segments=(jnp.asarray(SEGMENTS),) * 2, places=(PLACES,) * 2)
+BANDS = {
+  f'{kind} {window}+{sinks}': Mask(True, window=window, sinks=sinks, **(kw))
+  for kind, kw in (('alone', {}), ('packed', PACKED))
+  for window in (1, 3, 9)
+  for sinks in (0, 2)
+}
+
+
+@pytest.mark.parametrize('mask', BANDS)
+def test_a_band_is_the_formula(mask):
+  k, v = keys(2)
+  got = jax.jit(lambda *a: kernels.banded(*a, BANDS[mask], cap=2.0))(Q, k, v)
+  np.testing.assert_allclose(got, by_hand(Q, k, v, BANDS[mask], cap=2.0), rtol=2e-5, atol=2e-5)
+  weigh = RNG.normal(size=Q.shape).astype(np.float32)
+  gradient = lambda f: jax.grad(lambda *a: (f(*a, BANDS[mask]) * weigh).sum(), (0, 1, 2))(Q, k, v)
+  for a, b in zip(gradient(kernels.reference), gradient(kernels.banded), strict=True):
+    np.testing.assert_allclose(a, b, atol=1e-5)
+
+
+def test_a_band_never_holds_the_square():
+  """No intermediate of the compiled program has t * t entries."""
+  t, mask = 512, Mask(True, window=16, sinks=4)
+  x = jnp.zeros((1, t, 1, 4))
+  text = jax.jit(lambda x: kernels.banded(x, x, x, mask)).lower(x).as_text()
+  sizes = [np.prod([int(n) for n in m.split('x')]) for m in re.findall(r'<((?:\d+x)+\d+)x', text)]
+  assert max(sizes) <= t * (2 * 16 + 4) * 4
+
+
+@pytest.mark.parametrize(
+  ('mask', 'bias', 'words'),
+  [
+    (Mask(True), None, 'needs causal attention with a window'),
+    (Mask(True, window=2, prefix=jnp.ones((1, T), bool)), None, 'no prefix'),
+    (Mask(True, window=2), jnp.zeros((1, 1, T, T)), 'no position bias'),
+  ],
+)
+def test_a_band_refuses_what_it_has_not(mask, bias, words):
+  with pytest.raises(UserError, match=words):
+    kernels.banded(Q, *keys(4), mask, bias)
 
 
 @pytest.mark.parametrize('kernel', [kernels.reference, kernels.blocked])

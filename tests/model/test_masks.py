@@ -1,9 +1,12 @@
 """The mask formula, entry by entry."""
 
+import functools
+
 import jax.numpy as jnp
 import numpy as np
 import pytest
 
+from llm_jax.model import masks
 from llm_jax.model.masks import Mask
 
 T = 6
@@ -53,3 +56,57 @@ def test_rows_are_rows_of_the_whole():
   segments = jnp.array([[1, 1, 2, 2, 2, 0]])
   mask = Mask(True, segments=(segments, segments))
   np.testing.assert_array_equal(mask.rows(2, 5).dense(3, 5), mask.dense(T, T)[:, :, 2:5, :5])
+
+
+def pattern(sees, t=12):
+  """bool [t, t] of a rule in plain Python, for a causal sequence."""
+  return np.array([[j <= i and bool(sees(i, j)) for j in range(t)] for i in range(t)])
+
+
+PATTERNS = {
+  'window': (dict(window=3), lambda i, j: i - j < 3),
+  'sinks': (dict(window=3, sinks=2), lambda i, j: i - j < 3 or j < 2),
+  'strided': (
+    dict(sees=functools.partial(masks.strided, size=4)),
+    lambda i, j: i - j < 4 or (i - j) % 4 == 0,
+  ),
+  'fixed': (
+    dict(sees=functools.partial(masks.fixed, size=4, summary=2)),
+    lambda i, j: i // 4 == j // 4 or j % 4 in (2, 3),
+  ),
+  'dilated': (
+    dict(sees=functools.partial(masks.dilated, size=3, step=2)),
+    lambda i, j: i - j in (0, 2, 4),
+  ),
+  'blocks': (
+    dict(sees=functools.partial(masks.blocks, size=2)),
+    lambda i, j: i // 2 - j // 2 <= 1 or j < 2 or i < 2,
+  ),
+}
+
+
+@pytest.mark.parametrize('name', PATTERNS)
+def test_sparse_patterns(name):
+  """Alone, beside another document, and as one row of decoding."""
+  kw, rule = PATTERNS[name]
+  want, t = pattern(rule), 12
+  mask = Mask(True, **kw)
+  np.testing.assert_array_equal(mask.dense(t, t)[0, 0], want)
+  segments = jnp.array([[1] * 5 + [2] * t])
+  places = jnp.array([[*range(5), *range(t)]])
+  packed = Mask(True, segments=(segments,) * 2, places=(places,) * 2, **kw).dense(5 + t, 5 + t)[
+    0, 0
+  ]
+  np.testing.assert_array_equal(packed[5:, 5:], want)
+  assert not packed[5:, :5].any()
+  at = jnp.array([[7], [11]])
+  slots = Mask(True, queries=at, places=(at, jnp.arange(t)[None]), **kw).dense(1, t)[:, 0, 0]
+  np.testing.assert_array_equal(slots, want[[7, 11]])
+  np.testing.assert_array_equal(mask.rows(4, 9).dense(5, 9)[0, 0], want[4:9, :9])
+
+
+def test_windows_see_themselves_and_the_task_sees_all():
+  seen = Mask(True, windows=jnp.array([[1, 1, 2, 2, 0, 0]])).dense(T, T)[0, 0]
+  want = np.tril(np.ones((T, T), bool))
+  want[2:4, :2] = False
+  np.testing.assert_array_equal(seen, want)

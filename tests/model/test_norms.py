@@ -54,6 +54,8 @@ def test_topologies_are_the_formulas_of_survey_table_6():
   assert norms.pre(x, sub, norm) == h + g(5 * h)
   h = 2 * (x + f(x))
   assert norms.post(x, sub, norm) == 5 * (h + g(h))
+  h = 2 * (4 * x + f(x))
+  assert norms.deepnorm(x, sub, norm, alpha=4.0) == 5 * (4 * h + g(h))
   h = x + 3 * f(2 * x)
   assert norms.sandwich(x, sub, norm) == h + 7 * g(5 * h)
   assert norms.parallel(x, sub, norm) == x + f(11 * x) + g(11 * x)

@@ -17,6 +17,7 @@ from llm_jax.model import (
   heads,
   init,
   kernels,
+  masks,
   norms,
   positions,
   stack,
@@ -47,7 +48,13 @@ VARIANTS = dict(
   alibi=dict(mixer=dict(rotate=None), bias=positions.Alibi, blocks=dict(residual=norms.parallel)),
   buckets=dict(mixer=dict(rotate=None), bias=P(positions.Buckets, buckets=8, distance=10)),
   loop=dict(runner=stack.loop, vocab_multiple=64),
+  window=dict(mixer=dict(window=4, sinks=1, norm=norms.RMSNorm)),
+  banded=dict(mixer=dict(window=3, sinks=2, kernel=kernels.banded)),
+  strided=dict(mixer=dict(sees=P(masks.strided, size=3))),
+  factored=dict(embedding=P(heads.Embedding, rank=6)),
+  deepnorm=dict(blocks=dict(residual=P(norms.deepnorm, alpha=2.0)), norm=None),
 )
+SEEN = dict(window=(4, 1), banded=(3, 2))
 every = pytest.mark.parametrize('name', VARIANTS)
 
 
@@ -71,7 +78,10 @@ def test_no_output_sees_a_later_token(tiny, ids, model, name):
   for t in (1, 6, tiny.LENGTH - 1):
     a, b = f(params, dict(inputs=ids)), f(params, dict(inputs=change(ids, t)))
     np.testing.assert_array_equal(a[:, :t], b[:, :t])
-    assert (np.abs(a[:, t:] - b[:, t:]).max((0, 2)) > 1e-4).all()
+    moved = np.abs(a[:, t:] - b[:, t:]).max((0, 2)) > 1e-4
+    window, sinks = SEEN.get(name, (tiny.LENGTH, 0))  # through two layers a window reaches twice as far
+    reach = tiny.LENGTH if t < sinks else 2 * (window - 1) + 1
+    assert moved[:reach].all() and not moved[reach:].any()
 
 
 @every
@@ -113,7 +123,7 @@ def decode(model, params, ids, chunks, batch=None):
   return jnp.concatenate(out, 1)
 
 
-@pytest.mark.parametrize('name', ['rope', 'learned', 'buckets'])
+@pytest.mark.parametrize('name', ['rope', 'learned', 'buckets', 'window', 'banded', 'strided'])
 def test_with_a_state_is_without(tiny, ids, model, name):
   params = tiny.large(model)
   full = tiny.forward(model)(params, dict(inputs=ids))
@@ -289,6 +299,9 @@ def test_heads(tiny, ids):
   np.testing.assert_allclose(plain, np.asarray(x) @ np.asarray(w), atol=1e-5)
   tied = heads.Tied(scaled=True, cap=2.0).apply({}, x, 5, w.T)
   np.testing.assert_allclose(tied, 2 * np.tanh(plain / 8**0.5 / 2), atol=1e-5)
+  table, project = np.ones((5, 3)), np.arange(24.0).reshape(8, 3)
+  narrow = heads.Tied().apply({'params': dict(project=project)}, x, 5, table)
+  np.testing.assert_allclose(narrow, np.asarray(x) @ project @ table.T, rtol=1e-4, atol=1e-4)
 
 
 @pytest.mark.parametrize('head', [heads.Tied, heads.Untied])
@@ -339,6 +352,9 @@ def test_initial_deviations_per_tensor():
     embedding__table=1.0, query=(64 * 24) ** -0.5, key=1 / 8, value=1 / 8, gate=1 / 8, up=1 / 8,
     out=96**-0.5, down=160**-0.5, bias__table=1 / 8,
   )  # fmt: skip
+  deep = make(init=P(init.deepnorm, beta=0.5))
+  near(deep, query=(2 / 160) ** 0.5, key=(2 / 160) ** 0.5, value=0.5 * (2 / 160) ** 0.5)
+  near(deep, out=0.5 * (2 / 160) ** 0.5, up=0.5 * (2 / 224) ** 0.5, down=0.5 * (2 / 224) ** 0.5)
 
 
 def test_the_default_is_the_recommended_recipe(tiny):
