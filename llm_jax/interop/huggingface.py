@@ -174,7 +174,7 @@ def to_theirs(family: Family, ours: Mapping[str, np.ndarray]) -> dict[str, np.nd
   """Our parameters, by path, as their tensors."""
   theirs = {}
   for row, paths, layers in _applying(family, ours):
-    prefix = '' if paths[0].startswith('head/') else family.prefix
+    prefix = '' if paths[0] in ('head/w', 'head/bias') else family.prefix
     for i, of in enumerate(_names(row, layers, ours[paths[0]].shape)):
       layer = [ours[path] if layers is None else ours[path][i] for path in paths]
       for j, name in enumerate(of):
@@ -244,37 +244,61 @@ def _import(
 ) -> list[np.ndarray]:
   """One tensor of theirs as one or several of ours."""
   left, right = row.pattern.split(' -> ')
-  stacked = isinstance(row.ours, tuple) and right.startswith('p ')
-  joined = _letters(right).index('n') if isinstance(row.ours, tuple) and not stacked else None
+  together, axis = isinstance(row.ours, tuple), _joined(right)
   sizes = dict(family.sizes)
-  for (*known, letter), n in zip(_groups(right)[stacked:], shapes[0], strict=True):
+  if together and axis is not None and len(group := _groups(right)[axis]) > 1:
+    sizes[group[0]] = shapes[-1][axis]  # the last has one of each group
+  for (*known, letter), n in zip(
+    _groups(right)[together and axis is None :], shapes[0], strict=True
+  ):
     sizes[letter] = n // _size(known, sizes)
-  if stacked:
-    sizes['p'] = len(shapes)
-  elif joined is not None:
-    sizes['n'] = sum(shape[joined] for shape in shapes)
+  if together:
+    parts = (
+      [shape[axis] // _size(_groups(right)[axis][:-1], sizes) for shape in shapes]
+      if axis is not None
+      else []
+    )
+    sizes |= dict(p=len(shapes)) if axis is None else dict(n=sum(parts))
   x = x[row.skip :] + np.float32(row.add) if row.skip or row.add else x
   wanted = tuple(_size(group, sizes) for group in _groups(left))
   if x.shape != wanted:
     raise UserError(f'the tensor {name!r} has shape {x.shape}, its config.json asks for {wanted}')
-  y = rearrange(x, row.pattern, **_used(sizes, row.pattern))
-  if stacked:
-    return list(y)
-  if joined is None:
-    return [y]
-  return np.split(y, np.cumsum([shape[joined] for shape in shapes])[:-1], axis=joined)
+  if not together or axis is None:
+    y = rearrange(x, row.pattern, **_used(sizes, row.pattern))
+    return list(y) if together else [y]
+  y = rearrange(x, f'{left} -> {_apart(right)}', **_used(sizes, row.pattern))
+  cuts = np.cumsum(parts)[:-1]
+  found = np.split(y, cuts, axis=_letters(_apart(right)).index('n'))
+  return [part.reshape(shape) for part, shape in zip(found, shapes, strict=True)]
 
 
 def _export(row: Row, family: Family, parts: list[np.ndarray]) -> np.ndarray:
   """The reverse of `_import`."""
   left, right = row.pattern.split(' -> ')
-  if isinstance(row.ours, tuple):
-    joined = right.startswith('p ')
-    y = np.stack(parts) if joined else np.concatenate(parts, axis=_letters(right).index('n'))
-  else:
+  sizes = dict(family.sizes)
+  if not isinstance(row.ours, tuple):
     y = parts[0]
-  x = rearrange(y, f'{right} -> {left}', **_used(family.sizes, right))
+  elif (axis := _joined(right)) is None:
+    y = np.stack(parts)
+  else:
+    if len(group := _groups(right)[axis]) > 1:
+      sizes[group[0]] = parts[-1].shape[axis]
+    right = _apart(right)
+    at = _letters(right).index('n')
+    split = lambda x: x.reshape(*x.shape[:axis], sizes[group[0]], -1, *x.shape[axis + 1 :])
+    y = np.concatenate([split(x) if len(group) > 1 else x for x in parts], axis=at)
+  x = rearrange(y, f'{right} -> {left}', **_used(sizes, right))
   return np.pad(x - np.float32(row.add), ((row.skip, 0), *((0, 0),) * (x.ndim - 1)))
+
+
+def _joined(right: str) -> int | None:
+  """The axis of ours on which several are put end to end; None where they are stacked."""
+  return next((i for i, group in enumerate(_groups(right)) if group[-1] == 'n'), None)
+
+
+def _apart(right: str) -> str:
+  """The side with the groups around `n` opened: 'd (g n) k' -> 'd g n k'."""
+  return re.sub(r'\(([^)]*\bn)\)', r'\1', right)
 
 
 def _groups(side: str) -> list[list[str]]:

@@ -3,6 +3,7 @@
 A setting that would change the numbers and that our model does not have is refused by its name.
 """
 
+import itertools
 from collections.abc import Callable, Mapping
 from typing import Any
 
@@ -63,13 +64,44 @@ def rotation(c: Settings, fn: Callable = positions.rope, fraction: float = 1.0) 
   return use(fn, base=float(base), fraction=float(fraction))
 
 
+def window(c: Settings) -> int | None:
+  """The sliding window, where there is one shorter than the context."""
+  size = c.get('sliding_window')
+  used = c.get('use_sliding_window', True) and size and size < get(c, 'max_position_embeddings')
+  return size if used else None
+
+
 def no_window(c: Settings) -> None:
   """Refuses a sliding window that is shorter than the context."""
-  window = c.get('sliding_window')
-  if c.get('use_sliding_window', True) and window and window < get(c, 'max_position_embeddings'):
+  if window(c):
     raise UserError(
-      f'config.json has sliding_window={window}, which is not supported: only full attention is'
+      f'config.json has sliding_window={window(c)}, which is not supported: only full attention is'
     )
+
+
+def windows(c: Settings, slides: Callable[[int], bool]) -> list[int | None]:
+  """The window of every layer, None for full attention. slides: which layers have one if there is no `layer_types`."""
+  size, layers = window(c), get(c, 'num_hidden_layers')
+  kinds = c.get('layer_types') or [
+    'sliding_attention' if slides(i) else 'full_attention' for i in range(layers)
+  ]
+  for kind in kinds:
+    if kind not in ('sliding_attention', 'full_attention'):
+      raise UserError(f'config.json has a layer of type {kind!r}, which is not supported')
+  return [size if kind == 'sliding_attention' else None for kind in kinds]
+
+
+def pattern(kinds: list, make: Callable[[Any], ConfigDict]) -> dict[str, Any]:
+  """`layers` and `block` of a stack whose layers are of these kinds: the shortest pattern that repeats, or runs of
+  equal layers, whichever names fewer blocks.
+  """
+  n = len(kinds)
+  period = next(p for p in range(1, n + 1) if n % p == 0 and kinds == kinds[:p] * (n // p))
+  runs = [(kind, len([*same])) for kind, same in itertools.groupby(kinds)]
+  if period <= len(runs):
+    blocks = tuple(make(kind) for kind in kinds[:period])
+    return dict(layers=n, block=blocks if period > 1 else blocks[0])
+  return dict(layers=tuple(n for _, n in runs), block=tuple(make(kind) for kind, _ in runs))
 
 
 def layer_norm(c: Settings, *keys: str, bias: bool = True) -> ConfigDict:
@@ -88,17 +120,23 @@ def tied(c: Settings, default: bool, bias: bool = False) -> ConfigDict:
 
 
 def decoder(c: Settings, **parts: Any) -> ConfigDict:
-  """A causal decoder with the sizes of a config under their usual names."""
+  """A causal decoder with the sizes of a config under their usual names. kinds, mixer_of: see `pattern`; for layers
+  that differ in their mixer.
+  """
   layer = {k: parts.pop(k) for k in ('mixer', 'ffn', 'norm', 'residual') if k in parts}
+  kinds, mixer_of = parts.pop('kinds', None), parts.pop('mixer_of', None)
+  if kinds is None:
+    kinds = [None] * get(c, 'num_hidden_layers', 'n_layer', 'n_layers', 'num_layers')
+    mixer_of = lambda kind: layer['mixer']
+  make = lambda kind: use(block.decoder, **layer | dict(mixer=mixer_of(kind)))
   return use(
     transformer.causal,
     **dict(
       vocab=get(c, 'vocab_size'),
       embed=get(c, 'hidden_size', 'n_embd', 'd_model'),
-      layers=get(c, 'num_hidden_layers', 'n_layer', 'n_layers'),
-      block=use(block.decoder, **layer),
       norm=layer['norm'],
     )
+    | pattern(kinds, make)
     | parts,
   )
 

@@ -112,3 +112,9 @@ PER_HEAD, PER_HEAD_BIAS = '(h p k) d -> p d h k', '(h p k) -> p h k'
 def mlp_rows(up: str, down: str) -> tuple[Row, ...]:
   """Two linear layers and their biases."""
   return (*linear('ffn/up', up, UP), *linear('ffn/down', down, 'd f -> f d'))
+
+
+def without(table: tuple[Row, ...], *parts: str) -> tuple[Row, ...]:
+  """The rows whose paths have none of these parts in them."""
+  paths = lambda row: row.ours if isinstance(row.ours, tuple) else (row.ours,)
+  return tuple(r for r in table if not any(part in path for part in parts for path in paths(r)))

@@ -95,7 +95,7 @@ class SelfAttention(nn.Module):
   """Multi-head, grouped-query or multi-query attention (Vaswani et al. 2017, arXiv:1706.03762, section 3.2).
 
   heads: of the queries. groups: of keys and values, None = heads. head_dim: None = embed / heads. bias: on all four
-  projections; out_bias: where the last one differs. norm: of each head's queries and keys, before they are rotated
+  projections; out_bias: where the last one differs. qk_norm: of each head's queries and keys, before they are rotated
   (QK-norm; Dehghani et al. 2023, arXiv:2302.05442, section 2.1). rotate: a rotation of queries and keys by their
   positions, or None. window, sinks, sees: a sparse pattern, see model/masks.py. scale: of the logits, None =
   1/sqrt(head_dim). cap: soft cap of the logits. dropout: on the probabilities.
@@ -106,7 +106,7 @@ class SelfAttention(nn.Module):
   head_dim: int | None = None
   bias: bool = False
   out_bias: bool | None = None
-  norm: Callable | None = None
+  qk_norm: Callable | None = None
   rotate: Callable | None = positions.rope
   window: int | None = None
   sinks: int = 0
@@ -124,8 +124,8 @@ class SelfAttention(nn.Module):
     q = _project(self, 'query', x, 'h', (heads, head_dim))
     k = _project(self, 'key', x, 'g', (groups, head_dim))
     v = _project(self, 'value', x, 'g', (groups, head_dim))
-    if self.norm is not None:
-      q, k = self.norm(name='query_norm')(q), self.norm(name='key_norm')(k)
+    if self.qk_norm is not None:
+      q, k = self.qk_norm(name='query_norm')(q), self.qk_norm(name='key_norm')(k)
     if self.rotate is not None:
       q, k = self.rotate(q, ctx.positions), self.rotate(k, ctx.positions)
     places = ctx.positions

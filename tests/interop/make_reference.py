@@ -32,7 +32,27 @@ MODELS = {
   'llama': ('LlamaConfig', LLAMA),
   'llama_tied': ('LlamaConfig', LLAMA | dict(tie_word_embeddings=True, rope_theta=500.0, head_dim=6)),
   'mistral': ('MistralConfig', LLAMA | dict(sliding_window=None)),
+  'mistral_window': ('MistralConfig', LLAMA | dict(sliding_window=4)),
   'qwen2': ('Qwen2Config', LLAMA),
+  'qwen2_window': (
+    'Qwen2Config',
+    LLAMA | dict(num_hidden_layers=3, use_sliding_window=True, sliding_window=4, max_window_layers=2),
+  ),
+  'qwen3': ('Qwen3Config', LLAMA | dict(head_dim=8)),
+  'glm': ('GlmConfig', LLAMA | dict(head_dim=8, pad_token_id=0, rms_norm_eps=1e-5)),
+  'glm4': ('Glm4Config', LLAMA | dict(head_dim=8, pad_token_id=0, rms_norm_eps=1e-5)),
+  'gemma2': (
+    'Gemma2Config',
+    LLAMA | dict(head_dim=8, tie_word_embeddings=True, sliding_window=4, query_pre_attn_scalar=12,
+                 num_hidden_layers=4, attn_logit_softcapping=2.0, final_logit_softcapping=3.0),
+  ),
+  'gpt_neo': (
+    'GPTNeoConfig',
+    dict(
+      vocab_size=24, hidden_size=16, num_layers=4, attention_types=[[['global', 'local'], 2]],
+      num_heads=4, window_size=4, max_position_embeddings=32, resid_dropout=0.0,
+    ),
+  ),
   'gemma': ('GemmaConfig', LLAMA | dict(head_dim=8, tie_word_embeddings=True)),
   'phi3': ('Phi3Config', LLAMA | dict(pad_token_id=0, original_max_position_embeddings=32)),
   'stablelm': ('StableLmConfig', LLAMA | dict(partial_rotary_factor=0.5)),
@@ -42,6 +62,13 @@ MODELS = {
     dict(
       vocab_size=24, hidden_size=16, ffn_dim=24, num_hidden_layers=2, num_attention_heads=4,
       max_position_embeddings=32, word_embed_proj_dim=16, dropout=0.0,
+    ),
+  ),
+  'opt_350m': (
+    'OPTConfig',
+    dict(
+      vocab_size=24, hidden_size=16, ffn_dim=24, num_hidden_layers=2, num_attention_heads=4,
+      max_position_embeddings=32, word_embed_proj_dim=8, dropout=0.0, do_layer_norm_before=False,
     ),
   ),
   'gpt_neox': ('GPTNeoXConfig', LLAMA | dict(rotary_pct=0.5)),
@@ -56,6 +83,13 @@ MODELS = {
     'FalconConfig',
     dict(vocab_size=24, hidden_size=16, num_hidden_layers=2, num_attention_heads=4, multi_query=True, bias=False),
   ),
+  'falcon_40b': (
+    'FalconConfig',
+    dict(
+      vocab_size=24, hidden_size=16, num_hidden_layers=2, num_attention_heads=4, num_kv_heads=2,
+      new_decoder_architecture=True, bias=True,
+    ),
+  ),
   'bloom': (
     'BloomConfig',
     dict(vocab_size=24, hidden_size=16, n_layer=2, n_head=4, hidden_dropout=0.0, attention_dropout=0.0),
@@ -68,6 +102,7 @@ MODELS = {
     'T5Config',
     T5 | dict(feed_forward_proj='gated-gelu', tie_word_embeddings=False, num_decoder_layers=1, d_kv=6),
   ),
+  'ul2': ('T5Config', T5 | dict(feed_forward_proj='gated-silu', tie_word_embeddings=False)),
   'mt5': ('MT5Config', T5 | dict(feed_forward_proj='gated-gelu', tie_word_embeddings=False)),
 }  # fmt: skip
 

@@ -48,7 +48,7 @@ VARIANTS = dict(
   alibi=dict(mixer=dict(rotate=None), bias=positions.Alibi, blocks=dict(residual=norms.parallel)),
   buckets=dict(mixer=dict(rotate=None), bias=P(positions.Buckets, buckets=8, distance=10)),
   loop=dict(runner=stack.loop, vocab_multiple=64),
-  window=dict(mixer=dict(window=4, sinks=1, norm=norms.RMSNorm)),
+  window=dict(mixer=dict(window=4, sinks=1, qk_norm=norms.RMSNorm)),
   banded=dict(mixer=dict(window=3, sinks=2, kernel=kernels.banded)),
   strided=dict(mixer=dict(sees=P(masks.strided, size=3))),
   factored=dict(embedding=P(heads.Embedding, rank=6)),

@@ -19,6 +19,7 @@ from llm_jax.interop.table import (
   mlp_rows,
   norm,
   split,
+  without,
 )
 from llm_jax.model import heads, norms, positions
 
@@ -45,21 +46,52 @@ def gpt2(c: Settings) -> ConfigDict:
   )
 
 
-def opt(c: Settings) -> ConfigDict:
-  """OPT (arXiv:2205.01068), all sizes but 350M."""
-  settings.expect(
-    c, do_layer_norm_before=True, word_embed_proj_dim=settings.get(c, 'hidden_size'), enable_bias=True,
-    _remove_final_layer_norm=False, layer_norm_elementwise_affine=True,
-  )  # fmt: skip
+def gpt_neo(c: Settings) -> ConfigDict:
+  """GPT-Neo: every other layer a local band, logits not scaled."""
+  kinds = settings.get(c, 'attention_layers', default=None)
+  kinds = kinds or [k for names, n in settings.get(c, 'attention_types') for k in names * n]
+  size = settings.get(c, 'window_size')
+
+  def attend(kind: str) -> ConfigDict:
+    window = size if kind == 'local' else None
+    return settings.self_attention(
+      c, bias=False, out_bias=True, rotate=None, scale=1.0, window=window
+    )
+
+  hidden = c.get('intermediate_size') or 4 * settings.get(c, 'hidden_size')
   return settings.decoder(
     c,
-    mixer=settings.self_attention(c, bias=True, rotate=None),
-    ffn=settings.mlp(c, settings.get(c, 'ffn_dim'), settings.get(c, 'activation_function')),
-    norm=settings.layer_norm(c),
+    kinds=kinds,
+    mixer_of=attend,
+    ffn=settings.mlp(c, hidden, settings.get(c, 'activation_function')),
+    norm=settings.layer_norm(c, 'layer_norm_epsilon'),
     positions=use(positions.Learned),
     length=settings.get(c, 'max_position_embeddings'),
     head=settings.tied(c, True),
   )
+
+
+def opt(c: Settings) -> ConfigDict:
+  """OPT (arXiv:2205.01068); the 350M has its norms after the sublayers and a narrower table."""
+  settings.expect(
+    c, enable_bias=True, _remove_final_layer_norm=False, layer_norm_elementwise_affine=True
+  )
+  before, width = c.get('do_layer_norm_before', True), settings.get(c, 'hidden_size')
+  rank = settings.get(c, 'word_embed_proj_dim', default=width)
+  model = settings.decoder(
+    c,
+    mixer=settings.self_attention(c, bias=True, rotate=None),
+    ffn=settings.mlp(c, settings.get(c, 'ffn_dim'), settings.get(c, 'activation_function')),
+    norm=settings.layer_norm(c),
+    residual=use(norms.pre if before else norms.post),
+    positions=use(positions.Learned),
+    length=settings.get(c, 'max_position_embeddings'),
+    embedding=use(heads.Embedding, rank=None if rank == width else rank),
+    head=settings.tied(c, True),
+  )
+  if not before:
+    model.norm = None
+  return model
 
 
 def gpt_neox(c: Settings) -> ConfigDict:
@@ -120,14 +152,17 @@ def phi(c: Settings) -> ConfigDict:
 
 
 def falcon(c: Settings) -> ConfigDict:
-  """Falcon 7B (arXiv:2311.16867): one group of keys, side by side under one norm, RoPE."""
-  settings.expect(
-    c, new_decoder_architecture=False, alibi=False, parallel_attn=True, multi_query=True
-  )
+  """Falcon 7B and 40B (arXiv:2311.16867): side by side, RoPE; 7B: one group of keys, one norm; 40B: several, two."""
+  settings.expect(c, alibi=False, parallel_attn=True)
+  wide = c.get('new_decoder_architecture', False)
+  if not wide:
+    settings.expect(c, multi_query=True)
+  groups = settings.get(c, 'num_kv_heads', 'num_attention_heads') if wide else 1
+  two = wide and settings.get(c, 'num_ln_in_parallel_attn', default=2) == 2
   bias = c.get('bias', False)
   return settings.decoder(
     c,
-    mixer=settings.self_attention(c, groups=1, bias=bias, rotate=settings.rotation(c)),
+    mixer=settings.self_attention(c, groups=groups, bias=bias, rotate=settings.rotation(c)),
     ffn=settings.mlp(
       c,
       c.get('ffn_hidden_size') or 4 * settings.get(c, 'hidden_size'),
@@ -135,7 +170,7 @@ def falcon(c: Settings) -> ConfigDict:
       bias,
     ),
     norm=settings.layer_norm(c, 'layer_norm_epsilon'),
-    residual=use(norms.parallel),
+    residual=use(norms.parallel_norms if two else norms.parallel),
     head=settings.tied(c, True),
   )
 
@@ -210,9 +245,20 @@ FAMILIES = dict(
     BUFFERS,
   ),
   gpt_bigcode=Family(gpt2, _gpt2_rows(JOINED, UP, 'd f -> f d', OUT), 'transformer.', BUFFERS),
+  gpt_neo=Family(
+    gpt_neo,
+    (
+      *without(_gpt2_rows(JOINED, UP, 'd f -> f d', OUT), 'mixer/'),
+      *split('h.*.attn.attention.', 'q_proj', 'k_proj', 'v_proj', 'out_proj'),
+    ),
+    'transformer.',
+    ('.attn.attention.bias', '.masked_bias', 'lm_head.weight'),
+  ),
   opt=Family(
     opt,
     (
+      Row('embedding/project', 'project_in.weight', 'd r -> r d'),
+      Row('head/project', 'project_out.weight', 'r d -> d r'),
       *ends('embed_tokens', 'final_layer_norm'),
       Row('positions/table', 'embed_positions.weight', 't d -> t d', skip=2),
       *norm(f'{LAYER}mixer_norm', 'layers.*.self_attn_layer_norm'),
@@ -276,7 +322,15 @@ FAMILIES = dict(
     (
       *ends('word_embeddings', 'ln_f'),
       *norm(f'{LAYER}norm', 'h.*.input_layernorm'),
-      *linear(QKV, 'h.*.self_attention.query_key_value', JOINED, JOINED_BIAS),
+      *norm(f'{LAYER}mixer_norm', 'h.*.ln_attn'),
+      *norm(f'{LAYER}ffn_norm', 'h.*.ln_mlp'),
+      # group by group: its queries, its key, its value
+      *linear(
+        QKV,
+        'h.*.self_attention.query_key_value',
+        '(g n k) d -> d (g n) k',
+        '(g n k) -> (g n) k',
+      ),
       *linear('mixer/out', 'h.*.self_attention.dense', OUT),
       *mlp_rows('h.*.mlp.dense_h_to_4h', 'h.*.mlp.dense_4h_to_h'),
     ),
