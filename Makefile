@@ -40,10 +40,11 @@ notebook: dev  ## run the notebooks and keep what they print
 golden: dev  ## store the first losses of the recipes anew (say why in the commit)
 	@JAX_PLATFORMS=cpu UPDATE=1 $(BIN)/python -m pytest -q tests/configs/test_golden.py
 
-parity: dev  ## the families of llm_jax/interop beside transformers itself (installs PyTorch)
-	@$(PIP) --constraint requirements-dev.lock $(TORCH) transformers
+parity: dev  ## the families of llm_jax/interop beside transformers itself (installs PyTorch, the one on disk if there)
+	@$(PIP) --no-index --no-deps $(TORCH)==2.13.0 2>/dev/null || $(PIP) $(TORCH)
+	@$(PIP) --constraint requirements-dev.lock torch transformers
 	@$(BIN)/python -m tests.interop.make_reference .pytest_cache/reference
-	@JAX_PLATFORMS=cpu LLM_JAX_REFERENCE=.pytest_cache/reference $(BIN)/python -m pytest -v tests/interop $(ARGS)
+	@JAX_PLATFORMS=cpu LLM_JAX_REFERENCE=.pytest_cache/reference $(BIN)/python -m pytest -n $(WORKERS) tests/interop $(ARGS)
 
 bench: dev  ## the figures the README quotes; BENCH=data_pipeline for one of them
 	@for name in $(BENCH); do $(BIN)/python -m benchmarks.$$name $(ARGS) || exit; done

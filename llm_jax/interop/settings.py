@@ -9,7 +9,7 @@ from typing import Any
 
 from llm_jax.core.config import ConfigDict, use
 from llm_jax.core.errors import UserError, nearest
-from llm_jax.model import attention, block, ffn, heads, norms, positions, transformer
+from llm_jax.model import attention, block, ffn, heads, kernels, norms, positions, transformer
 
 Settings = Mapping[str, Any]  # a config.json
 
@@ -89,6 +89,11 @@ def windows(c: Settings, slides: Callable[[int], bool]) -> list[int | None]:
     if kind not in ('sliding_attention', 'full_attention'):
       raise UserError(f'config.json has a layer of type {kind!r}, which is not supported')
   return [size if kind == 'sliding_attention' else None for kind in kinds]
+
+
+def banded(size: int | None) -> dict[str, Any]:
+  """A sliding window of self-attention, computed in time linear in the length."""
+  return {} if size is None else dict(window=size, kernel=use(kernels.banded))
 
 
 def pattern(kinds: list, make: Callable[[Any], ConfigDict]) -> dict[str, Any]:

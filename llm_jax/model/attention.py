@@ -1,8 +1,8 @@
 """Attention as mixers: `(x [batch, t, embed], ctx, state) -> (y [batch, t, embed], state)`.
 
-Without a state the call sees the whole sequence. With one it writes the new keys and values into the slots that equal
-their positions and looks at all slots up to its own position, so prefill and decoding are one call with different t. A
-slot at or beyond the state's length is not written.
+Without a state the call sees the whole sequence. With one it writes the new keys and values into their slots
+(`mask.queries`, which equal the positions unless a batch says otherwise) and looks at all slots up to its own, so
+prefill and decoding are one call with different t. A slot at or beyond the state's length is not written.
 """
 
 from collections.abc import Callable
@@ -130,7 +130,7 @@ class SelfAttention(nn.Module):
       q, k = self.rotate(q, ctx.positions), self.rotate(k, ctx.positions)
     places = ctx.positions
     if state is not None:
-      state = write(state, dict(k=k, v=v), ctx.positions)
+      state = write(state, dict(k=k, v=v), ctx.mask.queries)
       k, v = (state[name].astype(q.dtype) for name in ('k', 'v'))
       places = jnp.arange(k.shape[1])[None]
     mask = ctx.mask

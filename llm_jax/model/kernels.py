@@ -88,9 +88,10 @@ def banded(
   """`reference` for a causal window, in time and memory linear in t: blocks of a window's length, each against its own
   keys, those of the block before, and the sinks.
 
-  Decoding, whose queries are few, goes to `reference`. Raises `UserError` for anything else without a causal window.
+  Decoding, whose queries are few, and a sequence inside one window go to `reference`. Raises `UserError` for anything
+  else without a causal window.
   """
-  if mask.queries is not None:
+  if mask.queries is not None or (mask.window is not None and q.shape[1] <= mask.window):
     return _softmax_average(
       q, k, v, mask.dense(q.shape[1], k.shape[1]), bias, scale, cap, dropout, rng
     )
@@ -99,11 +100,10 @@ def banded(
   if bias is not None or mask.prefix is not None:
     what = 'position bias' if bias is not None else 'prefix'
     raise UserError(f'the kernel banded takes no {what}; use llm_jax.model.kernels:reference')
-  t, w = q.shape[1], min(mask.window, q.shape[1])
+  t, w = q.shape[1], mask.window
   blocks = -(-t // w)
   seen, sinks = _band(mask, t, w, blocks)
-  if dropout and rng is not None:
-    rng = jax.random.split(rng, blocks)
+  rng = None if rng is None else jax.random.split(rng, blocks)
   args = (_cut(q, w), _pairs(k, w, sinks), _pairs(v, w, sinks), seen)
   one = lambda q, k, v, seen, rng: _softmax_average(q, k, v, seen, None, scale, cap, dropout, rng)
   out = jax.vmap(one, (1, 1, 1, 1, None if rng is None else 0), 1)(*args, rng)
@@ -129,15 +129,13 @@ def _band(mask: Mask, t: int, w: int, blocks: int) -> tuple[jax.Array, jax.Array
     (first[:, None] - w * (jnp.arange(blocks) == 0)[:, None] + jnp.arange(2 * w)), shape
   )
   real = (near >= 0) & (near < t)
-  at = jnp.clip(near, 0, t - 1).reshape(len(segment), -1)
-  of = lambda x: jnp.take_along_axis(x, at, 1).reshape(shape)
+  of = lambda x: _pick(x, jnp.clip(near, 0, t - 1))
   own = near[:, :, w:, None]
   reach = (own - near[:, :, None] < w) | (of(place) < mask.sinks)[:, :, None]
   seen = real[:, :, None] & (near[:, :, None] <= own) & reach
   seen &= of(segment)[:, :, None] == of(segment)[:, :, w:, None]
   far = sinks < jnp.where(jnp.arange(blocks) == 0, 0, first)[:, None]
-  told = jnp.take_along_axis(segment, sinks.reshape(len(segment), -1), 1).reshape(sinks.shape)
-  far = far[:, :, None] & (told[:, :, None] == of(segment)[:, :, w:, None])
+  far = far[:, :, None] & (_pick(segment, sinks)[:, :, None] == of(segment)[:, :, w:, None])
   return jnp.concatenate([far, seen], axis=-1)[:, :, None], sinks
 
 
@@ -153,8 +151,16 @@ def _pairs(x: jax.Array, w: int, sinks: jax.Array) -> jax.Array:
   own = _cut(x, w)
   before = jnp.concatenate([jnp.zeros_like(own[:, :1]), own[:, :-1]], axis=1)
   sinks = jnp.broadcast_to(sinks, (x.shape[0], *sinks.shape[1:]))
-  far = x[jnp.arange(x.shape[0])[:, None, None], sinks]
-  return jnp.concatenate([far, before, own], axis=2)
+  return jnp.concatenate([_pick(x, sinks), before, own], axis=2)
+
+
+def _pick(x: jax.Array, index: jax.Array) -> jax.Array:
+  """x [b, t, ...] at index [b, blocks, n] along t: [b, blocks, n, ...]."""
+  rows = jnp.arange(x.shape[0])[:, None, None]
+  if not mesh.is_explicit():
+    return x[rows, index]
+  b, _, *rest = jax.typeof(x).sharding.spec
+  return x.at[rows, index].get(out_sharding=jax.sharding.PartitionSpec(b, None, None, *rest))
 
 
 def dot_product(

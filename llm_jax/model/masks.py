@@ -32,8 +32,8 @@ class Mask(NamedTuple):
   queries: int [batch, t], the index of each query among the keys; None counts 0, 1, 2, ...
   window, sinks, sees: the sparse pattern, see above; `sees` gets positions [batch, t, 1] and [batch, 1, s].
   places: int ([batch or 1, t], [batch or 1, s]), the positions of queries and keys in their documents; None for their
-  indices. windows: int [batch, t], parallel context windows: a key is seen by its own number and by queries of number 0
-  (Ratner et al. 2022, arXiv:2212.10947).
+  indices. windows: int ([batch, t], [batch, s]), parallel context windows: a key is seen by queries of its own number
+  and by those of number 0 (Ratner et al. 2022, arXiv:2212.10947).
   """
 
   causal: bool = False
@@ -44,7 +44,7 @@ class Mask(NamedTuple):
   sinks: int = 0
   sees: Callable | None = None
   places: tuple[jax.Array, jax.Array] | None = None
-  windows: jax.Array | None = None
+  windows: tuple[jax.Array, jax.Array] | None = None
 
   @property
   def sparse(self) -> bool:
@@ -62,7 +62,10 @@ class Mask(NamedTuple):
     """The mask of the queries start..stop-1 against the keys before `stop`, for a causal mask over a whole sequence."""
     cut = lambda pair: pair and (pair[0][:, start:stop], pair[1][:, :stop])
     queries = jnp.arange(start, stop)[None]
-    return self._replace(queries=queries, segments=cut(self.segments), places=cut(self.places))
+    return self._replace(
+      queries=queries,
+      **{name: cut(getattr(self, name)) for name in ('segments', 'places', 'windows')},
+    )
 
   def dense(self, t: int, s: int) -> jax.Array | None:
     """bool [batch or 1, 1, t, s], True where the query may look; None when it may look everywhere."""
@@ -77,8 +80,8 @@ class Mask(NamedTuple):
       same = query[:, :, None] == key[:, None, :]
       seen = same if seen is None else seen & same
     if self.windows is not None:
-      query, key = self.windows[:, :, None], self.windows[:, None, :]
-      apart = (query == 0) | (query == key)
+      query, key = self.windows
+      apart = (query == 0)[:, :, None] | (query[:, :, None] == key[:, None, :])
       seen = apart if seen is None else seen & apart
     if self.sparse:
       near = self._pattern(t, s)

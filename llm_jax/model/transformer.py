@@ -50,7 +50,9 @@ class Model(NamedTuple):
 
   init(key) -> params, plain f32 arrays; call it outside a mesh, or under jit with out_shardings.
   axes: a tree like params with a tuple of axis names for every leaf.
-  hidden(params, batch, *, states=None, rng=None) -> Hidden; dropout is on when there is a key `rng`.
+  hidden(params, batch, *, states=None, rng=None) -> Hidden; dropout is on when there is a key `rng`. Besides `inputs`,
+    a batch may have `positions`, `segments` (packed documents), `prefix`, `encoder/*`, and for parallel context windows
+    `windows` [batch, t], with a state also `slots` [batch, t] and `slot_windows` [batch, slots].
   logits(params, x [batch, length, embed]) -> f32 [batch, length, rows]; reads only `head(params)`.
   head(params) -> the part of params that logits reads.
   states(params, batch, length) -> an empty context of `length` slots per row of batch['inputs'], every leaf
@@ -207,6 +209,13 @@ def _stack(name, layers, block, norm, bias, runner, *, causal: bool, bidirection
   return _Stack(name, stack.segments(layers, block), *made, causal, bidirectional, runner)
 
 
+def _windows(batch: Batch, states: Any) -> tuple | None:
+  """Parallel context windows: of the tokens, and of the slots of a state."""
+  if 'windows' not in batch:
+    return None
+  return batch['windows'], batch['windows'] if states is None else batch['slot_windows']
+
+
 def _decoder_only(ends: _Ends, decoder: _Stack) -> Model:
   def hidden(
     params: Params, batch: Batch, *, states: Any = None, rng: jax.Array | None = None
@@ -216,8 +225,8 @@ def _decoder_only(ends: _Ends, decoder: _Stack) -> Model:
     keys = _length(states) or x.shape[1]
     segments = None if states is not None or 'segments' not in batch else (batch['segments'],) * 2
     seen = _prefix(batch, keys) if ends.kind == 'prefix' else None
-    mask = Mask(True, seen, segments, None if states is None else positions)
-    mask = mask._replace(windows=batch.get('windows'))
+    slots = None if states is None else batch.get('slots', positions)
+    mask = Mask(True, seen, segments, slots, windows=_windows(batch, states))
     ctx = Context(mask, positions, _bias(decoder, params, mask, x.shape[1], keys), rngs[1])
     return _run(decoder, params, x, ctx, states)
 

@@ -139,6 +139,15 @@ def test_dropout_on_probabilities_keeps_the_mean():
   assert 0 < abs(kept - 0.75) < 3 * (0.25 * 0.75 / 2000) ** 0.5
 
 
+def test_dropout_in_a_band_differs_from_block_to_block():
+  q, k, v = np.zeros((1, 64, 1, K)), np.zeros((1, 64, 1, K)), np.ones((1, 64, 1, K))
+  args = dict(dropout=0.5, rng=jax.random.key(0))
+  got = kernels.banded(*map(jnp.float32, (q, k, v)), Mask(True, window=16), **args)[0, 16:, 0, 0]
+  kept = np.asarray(got).reshape(3, 16) / 2  # shares of 16 equal probabilities
+  assert abs(kept.mean() - 0.5) < 3 * (0.25 / (48 * 16)) ** 0.5
+  assert (kept[0] != kept[1]).any() and (kept[1] != kept[2]).any()
+
+
 def test_dot_product_refuses_what_it_has_not():
   k, v = keys(4)
   with pytest.raises(UserError, match='soft cap.*reference'):

@@ -106,7 +106,9 @@ def test_sparse_patterns(name):
 
 
 def test_windows_see_themselves_and_the_task_sees_all():
-  seen = Mask(True, windows=jnp.array([[1, 1, 2, 2, 0, 0]])).dense(T, T)[0, 0]
+  mask = Mask(True, windows=(jnp.array([[1, 1, 2, 2, 0, 0]]),) * 2)
+  seen = mask.dense(T, T)[0, 0]
   want = np.tril(np.ones((T, T), bool))
   want[2:4, :2] = False
   np.testing.assert_array_equal(seen, want)
+  np.testing.assert_array_equal(mask.rows(2, 5).dense(3, 5)[0, 0], want[2:5, :5])

@@ -79,7 +79,9 @@ def test_no_output_sees_a_later_token(tiny, ids, model, name):
     a, b = f(params, dict(inputs=ids)), f(params, dict(inputs=change(ids, t)))
     np.testing.assert_array_equal(a[:, :t], b[:, :t])
     moved = np.abs(a[:, t:] - b[:, t:]).max((0, 2)) > 1e-4
-    window, sinks = SEEN.get(name, (tiny.LENGTH, 0))  # through two layers a window reaches twice as far
+    window, sinks = SEEN.get(
+      name, (tiny.LENGTH, 0)
+    )  # through two layers a window reaches twice as far
     reach = tiny.LENGTH if t < sinks else 2 * (window - 1) + 1
     assert moved[:reach].all() and not moved[reach:].any()
 
@@ -260,6 +262,28 @@ def test_packed_encoder_decoder(tiny, ids):
   first = f(params, {'inputs': ids[:, :5], 'encoder/inputs': read[:, :4]})
   second = f(params, {'inputs': ids[:, 5:], 'encoder/inputs': read[:, 4:10]})
   np.testing.assert_allclose(packed, jnp.concatenate([first, second], 1), atol=3e-5)
+
+
+def test_parallel_context_windows(tiny, ids):
+  """A window is as if alone, the task reads both; with a state the same (Ratner et al. 2022, section 2)."""
+  model = _model(tiny.causal, 'gqa')
+  params, f = tiny.large(model), tiny.forward(model)
+  windows = jnp.broadcast_to(jnp.array([1] * 4 + [2] * 4 + [0] * 4), ids.shape)
+  positions = jnp.broadcast_to(jnp.array([*range(4), *range(4), *range(4, 8)]), ids.shape)
+  batch = dict(inputs=ids, windows=windows, positions=positions)
+  got = f(params, batch)
+  for start in (0, 4):
+    alone = f(params, dict(inputs=ids[:, start : start + 4]))
+    np.testing.assert_allclose(got[:, start : start + 4], alone, atol=1e-5)
+    other = f(params, dict(batch, inputs=change(ids, start)))
+    assert (np.abs(got - other)[:, 8:].max((0, 2)) > 1e-4).all()
+  states = model.states(params, dict(inputs=ids), 12)
+  slots, out = jnp.broadcast_to(jnp.arange(12), ids.shape), []
+  for part in (slice(0, 10), slice(10, 11), slice(11, 12)):
+    told = {k: v[:, part] for k, v in dict(batch, slots=slots).items()} | dict(slot_windows=windows)
+    x, states, _ = model.hidden(params, told, states=states)
+    out.append(model.logits(params, x))
+  np.testing.assert_allclose(jnp.concatenate(out, 1), got, atol=2e-5)
 
 
 def test_dropout_follows_the_key(tiny, ids):

@@ -10,7 +10,7 @@ import pytest
 
 from llm_jax.core import mesh, tree
 from llm_jax.core.errors import UserError
-from llm_jax.model import attention, block, ffn, stack, transformer
+from llm_jax.model import attention, block, ffn, kernels, masks, stack, transformer
 from llm_jax.objectives import language
 from llm_jax.optim import adafactor, chain, rules, schedules
 from llm_jax.train import state as state_lib
@@ -28,10 +28,10 @@ MESHES = {
 ALL_RULES = dict(zero1=mesh.ZERO1, zero2=mesh.ZERO2, zero3=mesh.ZERO3)
 
 
-def model(runner=stack.scan, groups=None):
+def model(runner=stack.scan, **mixer):
   layer = functools.partial(
     block.decoder,
-    mixer=functools.partial(attention.SelfAttention, heads=4, groups=groups, bias=True),
+    mixer=functools.partial(attention.SelfAttention, heads=4, bias=True, **mixer),
     ffn=functools.partial(ffn.Gated, hidden=32, bias=True),
   )
   return transformer.causal(
@@ -69,10 +69,10 @@ def train(
   microbatches=1,
   updates=3,
   runner=stack.scan,
-  groups=None,
+  **mixer,
 ):
   """Losses, parameters after `updates`, and gradients of the first batch, all as numpy."""
-  m = model(runner, groups)
+  m = model(runner, **mixer)
   with jax.set_mesh(mesh.make(**sizes, explicit=explicit)), mesh.rules(**table):
     tx = optimizer(m, rule)
     objective = functools.partial(language.next_token, m)
@@ -143,6 +143,19 @@ def test_one_group_of_keys_is_kept_whole_under_tensor_parallelism(explicit):
   table = {kind: dict(names, groups=()) for kind, names in mesh.ZERO3.items()}
   found = train(dict(data=2, tensor=2), table, explicit=explicit, groups=1, updates=2)
   assert_same(found, train(dict(data=1), mesh.ZERO3, groups=1, updates=2))
+
+
+SPARSE = dict(
+  banded=dict(window=3, sinks=1, kernel=kernels.banded, groups=2),
+  dilated=dict(sees=functools.partial(masks.dilated, size=2, step=2)),
+)
+
+
+@pytest.mark.parametrize('explicit', [False, True])
+@pytest.mark.parametrize('name', SPARSE)
+def test_sparse_attention_on_a_mesh(name, explicit):
+  found = train(dict(data=2, tensor=2), mesh.ZERO3, explicit=explicit, updates=2, **SPARSE[name])
+  assert_same(found, train(dict(data=1), mesh.ZERO3, updates=2, **SPARSE[name]))
 
 
 def bytes_per_device(shardings, shapes):

@@ -55,7 +55,7 @@ def gpt_neo(c: Settings) -> ConfigDict:
   def attend(kind: str) -> ConfigDict:
     window = size if kind == 'local' else None
     return settings.self_attention(
-      c, bias=False, out_bias=True, rotate=None, scale=1.0, window=window
+      c, bias=False, out_bias=True, rotate=None, scale=1.0, **settings.banded(window)
     )
 
   hidden = c.get('intermediate_size') or 4 * settings.get(c, 'hidden_size')

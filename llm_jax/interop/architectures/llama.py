@@ -50,7 +50,7 @@ def _gated(
       groups=c.get('num_key_value_heads'),
       head_dim=c.get('head_dim'),
       rotate=settings.rotation(c, rotate, fraction=c.get('partial_rotary_factor', 1.0)),
-      window=window,
+      **settings.banded(window),
       **mixer,
     )
 
@@ -159,7 +159,7 @@ def starcoder2(c: Settings) -> ConfigDict:
       groups=c.get('num_key_value_heads'),
       bias=bias,
       rotate=settings.rotation(c),
-      window=window,
+      **settings.banded(window),
     )
 
   return settings.decoder(
