@@ -123,7 +123,9 @@ def test_unrolled_and_on_a_mesh(name):
   _, params, expected, batch = loaded(name)
   model = build(huggingface.config(str(REFERENCE / name)))(runner=stack.loop)
   rules = mesh.ZERO3
-  if any(path.endswith('mixer/key') and x.shape[-2] == 1 for path, x in tree.flatten(params).items()):
+  if any(
+    path.endswith('mixer/key') and x.shape[-2] == 1 for path, x in tree.flatten(params).items()
+  ):
     rules = {kind: axes | dict(groups=()) for kind, axes in rules.items()}  # one group stays whole
   with jax.set_mesh(mesh.make(data=1, fsdp=2, tensor=2)), mesh.rules(**rules):
     placed = jax.device_put(params, mesh.shardings(model.axes, params))
