@@ -72,9 +72,11 @@ def norm(ours: str, theirs: str, **kw: Any) -> tuple[Row, ...]:
   )
 
 
-def linear(ours: str, theirs: str, pattern: str, bias: str = SAME) -> tuple[Row, ...]:
-  """A projection and its bias. ours: one path, or several separated by spaces."""
-  names = tuple(LAYER + name for name in ours.split())
+def linear(
+  ours: str, theirs: str, pattern: str, bias: str = SAME, under: str = LAYER
+) -> tuple[Row, ...]:
+  """A projection and its bias. ours: one path, or several separated by spaces, below `under`."""
+  names = tuple(under + name for name in ours.split())
   biases = tuple(f'{name}_bias' for name in names)
   one = len(names) == 1
   return (

@@ -10,6 +10,7 @@ import jax.numpy as jnp
 from llm_jax.core import weights
 from llm_jax.model import param
 from llm_jax.model.dropout import dropout as drop
+from llm_jax.model.positions import Learned
 
 
 class Embedding(nn.Module):
@@ -46,6 +47,21 @@ class Embedding(nn.Module):
   def finish(self, x: jax.Array, rng: jax.Array | None) -> jax.Array:
     """Dropout, once the positions are in."""
     return drop(x, self.dropout, rng)
+
+
+class Stem(nn.Module):
+  """The beginning of one stack, with weights that the other stack does not share: learned positions and a norm (BART,
+  Lewis et al. 2019, arXiv:1910.13461; the layout is that of its code). dropout: on the result.
+  """
+
+  norm: Callable
+  dropout: float = 0.0
+
+  @nn.compact
+  def __call__(self, x: jax.Array, positions: jax.Array, length: int | None, rng: Any) -> jax.Array:
+    """x: [batch, t, embed], positions: int [batch or 1, t], length: of the table. Returns [batch, t, embed]."""
+    p = Learned(name='positions')(positions, x.shape[-1], length)
+    return drop(self.norm(name='norm')(x + p.astype(x.dtype)), self.dropout, rng)
 
 
 class Tied(nn.Module):

@@ -75,6 +75,7 @@ class _Stack(NamedTuple):
   segments: tuple[stack.Segment, ...]
   norm: nn.Module | None
   bias: nn.Module | None
+  stem: nn.Module | None
   causal: bool
   bidirectional: bool  # T5 buckets for keys after the query
   runner: Callable
@@ -172,6 +173,7 @@ def encoder_decoder(
   embedding: Callable = heads.Embedding,
   positions: Callable | None = None,
   bias: Callable | None = None,
+  stem: Callable | None = None,
   head: Callable = heads.Tied,
   init: Callable = init.t5,
   vocab_multiple: int = 1,
@@ -181,15 +183,26 @@ def encoder_decoder(
   2017; T5).
 
   layers, block: of the decoder, made with `block.cross_decoder`. Other arguments as in `causal`, for both stacks; the
-  embedding and the position table are shared.
+  embedding and the position table are shared. stem: of each stack, what it does to its embeddings with weights of its
+  own (`heads.Stem`).
   """
   ends = _ends(
     'encoder_decoder', vocab, embed, length, dtype, embedding, positions, head, init, vocab_multiple
   )
   encoder = _stack(
-    'encoder', encoder_layers, encoder_block, norm, bias, runner, causal=False, bidirectional=True
+    'encoder',
+    encoder_layers,
+    encoder_block,
+    norm,
+    bias,
+    runner,
+    causal=False,
+    bidirectional=True,
+    stem=stem,
   )
-  decoder = _stack('decoder', layers, block, norm, bias, runner, causal=True, bidirectional=False)
+  decoder = _stack(
+    'decoder', layers, block, norm, bias, runner, causal=True, bidirectional=False, stem=stem
+  )
   return _encoder_decoder(ends, encoder, decoder)
 
 
@@ -204,8 +217,8 @@ def _ends(
   return _Ends(kind, vocab, rows, embed, length, known[dtype], *made, recipe)
 
 
-def _stack(name, layers, block, norm, bias, runner, *, causal: bool, bidirectional: bool) -> _Stack:
-  made = [None if part is None else part() for part in (norm, bias)]
+def _stack(name, layers, block, norm, bias, runner, *, causal, bidirectional, stem=None) -> _Stack:
+  made = [None if part is None else part() for part in (norm, bias, stem)]
   return _Stack(name, stack.segments(layers, block), *made, causal, bidirectional, runner)
 
 
@@ -221,7 +234,7 @@ def _decoder_only(ends: _Ends, decoder: _Stack) -> Model:
     params: Params, batch: Batch, *, states: Any = None, rng: jax.Array | None = None
   ) -> Hidden:
     rngs = _keys(rng, 2)
-    x, positions = _embed(ends, params, batch['inputs'], batch.get('positions'), rngs[0])
+    x, positions = _embed(decoder, ends, params, batch['inputs'], batch.get('positions'), rngs[0])
     keys = _length(states) or x.shape[1]
     segments = None if states is not None or 'segments' not in batch else (batch['segments'],) * 2
     seen = _prefix(batch, keys) if ends.kind == 'prefix' else None
@@ -232,7 +245,7 @@ def _decoder_only(ends: _Ends, decoder: _Stack) -> Model:
 
   def states(params: Params, batch: Batch, length: int) -> dict:
     del params
-    _check_length(ends, length)
+    _check_length(decoder, ends, length)
     return _initial(decoder, ends, batch['inputs'].shape[0], length)
 
   return _model(ends, hidden, states, decoder)
@@ -242,7 +255,7 @@ def _encoder_decoder(ends: _Ends, encoder: _Stack, decoder: _Stack) -> Model:
   def encode(params: Params, batch: Batch, rng: jax.Array | None) -> Hidden:
     rngs, segments = _keys(rng, 2), batch.get('encoder/segments')
     x, positions = _embed(
-      ends, params, batch['encoder/inputs'], batch.get('encoder/positions'), rngs[0]
+      encoder, ends, params, batch['encoder/inputs'], batch.get('encoder/positions'), rngs[0]
     )
     mask = Mask(segments=None if segments is None else (segments, segments))
     ctx = Context(mask, positions, _bias(encoder, params, mask, x.shape[1], x.shape[1]), rngs[1])
@@ -253,7 +266,7 @@ def _encoder_decoder(ends: _Ends, encoder: _Stack, decoder: _Stack) -> Model:
   ) -> Hidden:
     rngs = _keys(rng, 3)
     read = None if states is not None and not _unread(states) else encode(params, batch, rngs[2])
-    x, positions = _embed(ends, params, batch['inputs'], batch.get('positions'), rngs[0])
+    x, positions = _embed(decoder, ends, params, batch['inputs'], batch.get('positions'), rngs[0])
     keys = _length(states) or x.shape[1]
     segments = None if states is not None or 'segments' not in batch else (batch['segments'],) * 2
     mask = Mask(True, None, segments, None if states is None else positions)
@@ -263,7 +276,7 @@ def _encoder_decoder(ends: _Ends, encoder: _Stack, decoder: _Stack) -> Model:
     return found._replace(aux=stack.add(read.aux, found.aux)) if read else found
 
   def states(params: Params, batch: Batch, length: int) -> dict:
-    _check_length(ends, length)
+    _check_length(decoder, ends, length)
     rows = batch['inputs'].shape[0]
     empty = _initial(decoder, ends, rows, length)
     # One step whose key and value fall outside the slots: it only leaves the cross-attention's.
@@ -286,7 +299,7 @@ def _model(
   table = shared['embedding']['table'].value
   shared['head'] = param.declare(ends.head, x, ends.rows, table)
   stacks = [s for s in (encoder, decoder) if s is not None]
-  parts = {s.name: _declare(s, ends.embed) for s in stacks}
+  parts = {s.name: _declare(s, ends) for s in stacks}
   boxes = {name: tree for name, tree in {**shared, **parts}.items() if tree}
   residuals = {s.name: _residuals(s) for s in stacks}
 
@@ -313,10 +326,13 @@ def _model(
   )
 
 
-def _declare(part: _Stack, embed: int) -> dict:
-  tree = stack.declare(part.segments, embed)
+def _declare(part: _Stack, ends: _Ends) -> dict:
+  tree = stack.declare(part.segments, ends.embed)
   if part.norm is not None:
-    tree['norm'] = param.declare(part.norm, jnp.zeros((1, 1, embed)))
+    tree['norm'] = param.declare(part.norm, jnp.zeros((1, 1, ends.embed)))
+  if part.stem is not None:
+    x, ids = jnp.zeros((1, 1, ends.embed)), jnp.zeros((1, 1), jnp.int32)
+    tree['stem'] = param.declare(part.stem, x, ids, ends.length, None)
   if part.bias is not None:
     found = param.declare(
       part.bias, jnp.zeros((1, 1), jnp.int32), 1, _heads(part), part.bidirectional
@@ -347,8 +363,9 @@ def _keys(rng: jax.Array | None, n: int) -> Any:
   return (None,) * n if rng is None else jax.random.split(rng, n)
 
 
-def _check_length(ends: _Ends, length: int) -> None:
-  if isinstance(ends.positions, positions_lib.Learned) and length > ends.length:
+def _check_length(part: _Stack, ends: _Ends, length: int) -> None:
+  learned = part.stem is not None or isinstance(ends.positions, positions_lib.Learned)
+  if learned and ends.length is not None and length > ends.length:
     raise UserError(
       f'a context of {length} is longer than the table of {ends.length} learned positions: '
       'shorten it, or set --config.model.length before training'
@@ -356,10 +373,15 @@ def _check_length(ends: _Ends, length: int) -> None:
 
 
 def _embed(
-  ends: _Ends, params: Params, ids: jax.Array, positions: jax.Array | None, rng: jax.Array | None
+  part: _Stack,
+  ends: _Ends,
+  params: Params,
+  ids: jax.Array,
+  positions: jax.Array | None,
+  rng: jax.Array | None,
 ) -> tuple:
   """ids [batch, t] -> ([batch, t, embed], positions [batch or 1, t])."""
-  _check_length(ends, ids.shape[1])
+  _check_length(part, ends, ids.shape[1])
   if positions is None:
     positions = jnp.arange(ids.shape[1])[None]
   x = ends.embedding.apply({'params': params['embedding']}, ids, ends.rows, ends.embed, ends.dtype)
@@ -368,7 +390,11 @@ def _embed(
       {'params': params.get('positions', {})}, positions, ends.embed, ends.length
     )
     x = x + p.astype(x.dtype)
-  return mesh.shard(ends.embedding.finish(x, rng), 'batch', 'length', 'embed'), positions
+  x = ends.embedding.finish(x, rng)
+  if part.stem is not None:
+    rng = None if rng is None else jax.random.fold_in(rng, 0)
+    x = part.stem.apply({'params': params[part.name]['stem']}, x, positions, ends.length, rng)
+  return mesh.shard(x, 'batch', 'length', 'embed'), positions
 
 
 def _bias(part: _Stack, params: Params, mask: Mask, t: int, keys: int) -> jax.Array | None:

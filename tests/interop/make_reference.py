@@ -97,6 +97,14 @@ MODELS = {
   'mpt': (
     'MptConfig', dict(vocab_size=24, d_model=16, n_layers=2, n_heads=4, max_seq_len=32),
   ),
+  'bart': (
+    'BartConfig',
+    dict(
+      vocab_size=24, d_model=16, encoder_layers=2, decoder_layers=1, encoder_attention_heads=4,
+      decoder_attention_heads=2, encoder_ffn_dim=24, decoder_ffn_dim=20, max_position_embeddings=32,
+      dropout=0.0,
+    ),
+  ),
   't5': ('T5Config', T5),
   't5_gated': (
     'T5Config',

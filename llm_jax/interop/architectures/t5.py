@@ -1,9 +1,13 @@
-"""T5 and its descendants: encoder-decoders with relative buckets."""
+"""Encoder-decoders: T5 and its descendants with relative buckets, BART."""
+
+from collections.abc import Callable
+from typing import Any
 
 from llm_jax.core.config import ConfigDict, use
 from llm_jax.interop import settings
 from llm_jax.interop.settings import Settings
 from llm_jax.interop.table import (
+  BIAS,
   ENCODER,
   IN,
   LAYER,
@@ -12,6 +16,8 @@ from llm_jax.interop.table import (
   UP,
   Family,
   Row,
+  linear,
+  norm,
   rows,
 )
 from llm_jax.model import attention, block, ffn, heads, init, norms, positions, transformer
@@ -54,6 +60,60 @@ def t5(c: Settings) -> ConfigDict:
   )
 
 
+def bart(c: Settings) -> ConfigDict:
+  """BART (arXiv:1910.13461): norms after the sublayers, positions and a norm of its own for each side."""
+  settings.expect(c, scale_embedding=False)
+  norm, name = settings.layer_norm(c), settings.get(c, 'activation_function')
+
+  def side(which: str, make: Callable, **more: Any) -> ConfigDict:
+    attend = dict(heads=settings.get(c, f'{which}_attention_heads'), bias=True)
+    more = {key: use(module, **attend) for key, module in more.items()}
+    return use(
+      make,
+      mixer=use(attention.SelfAttention, rotate=None, **attend),
+      ffn=settings.mlp(c, settings.get(c, f'{which}_ffn_dim'), name),
+      norm=norm,
+      residual=use(norms.post),
+      **more,
+    )
+
+  return use(
+    transformer.encoder_decoder,
+    vocab=settings.get(c, 'vocab_size'),
+    embed=settings.get(c, 'd_model'),
+    layers=settings.get(c, 'decoder_layers'),
+    encoder_layers=settings.get(c, 'encoder_layers'),
+    length=settings.get(c, 'max_position_embeddings'),
+    block=side('decoder', block.cross_decoder, cross=attention.CrossAttention),
+    encoder_block=side('encoder', block.decoder),
+    norm=None,
+    stem=use(heads.Stem, norm=norm),
+    head=settings.tied(c, True),
+    init=use(init.gpt2),
+  )
+
+
+def _bart_rows() -> tuple[Row, ...]:
+  found = [Row('embedding/table', 'shared.weight', 'v d -> v d')]
+  for side, under in (('encoder', ENCODER), ('decoder', LAYER)):
+    at = f'{side}.layers.*.'
+    found += (
+      Row(f'{side}/stem/positions/table', f'{side}.embed_positions.weight', 't d -> t d', skip=2),
+      *norm(f'{side}/stem/norm', f'{side}.layernorm_embedding'),
+      *norm(f'{under}mixer_norm', f'{at}self_attn_layer_norm'),
+      *norm(f'{under}cross_norm', f'{at}encoder_attn_layer_norm'),
+      *norm(f'{under}ffn_norm', f'{at}final_layer_norm'),
+      *linear('ffn/up', f'{at}fc1', UP, under=under),
+      *linear('ffn/down', f'{at}fc2', 'd f -> f d', under=under),
+    )
+    for ours, theirs in (('mixer', 'self_attn'), ('cross', 'encoder_attn')):
+      for part, pattern in (('query', IN), ('key', IN), ('value', IN), ('out', OUT)):
+        name = f'{at}{theirs}.{"out" if part == "out" else part[0]}_proj'
+        bias = SAME if part == 'out' else BIAS
+        found += linear(f'{ours}/{part}', name, pattern, bias, under)
+  return tuple(found)
+
+
 def _t5_rows() -> tuple[Row, ...]:
   """One side after the other; the feed-forward is the second sublayer of the encoder, the third of the decoder."""
   found = [
@@ -86,4 +146,5 @@ def _t5_rows() -> tuple[Row, ...]:
 
 
 T5 = Family(t5, _t5_rows(), '', ('.embed_tokens.weight', 'lm_head.weight'))
-FAMILIES = dict(t5=T5, mt5=T5)
+BUFFERS = ('.embed_tokens.weight', 'lm_head.weight', 'final_logits_bias')
+FAMILIES = dict(t5=T5, mt5=T5, bart=Family(bart, _bart_rows(), 'model.', BUFFERS))
