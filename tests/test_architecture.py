@@ -189,6 +189,19 @@ def loaded(modules: list[str], heavy: list[str]) -> list[str]:
   return done.stdout.split()
 
 
+def test_no_code_asks_for_the_name_of_a_family():
+  """Families of checkpoints are tables: a comparison with one of their names would be code for one of them."""
+  from llm_jax.interop.families import FAMILIES
+
+  wrong = []
+  for file in FILES:
+    for node in ast.walk(parse(file)):
+      if isinstance(node, ast.Compare | ast.Match):
+        names = {n.value for n in ast.walk(node) if isinstance(n, ast.Constant)} & FAMILIES.keys()
+        wrong += [f'{file}:{node.lineno}: {name}' for name in names]
+  assert not wrong, wrong
+
+
 def test_import_is_light():
   assert (
     loaded(
