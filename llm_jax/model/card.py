@@ -1,9 +1,9 @@
 """The numbers of a model, read off its parts: what sizes, FLOPs and memory are computed from (model/count.py).
 
 Attention and dense feed-forwards are described by their sizes, so that closed forms count them. Any other module is
-described by what it declares: a weight with an `expert` axis in front counts for `top_k` of the module's `experts`. Such
-a module may add two things by duck typing: `flops(length, embed)`, the FLOPs of its products between activations over
-one sequence, and `initial(batch, length, embed, dtype)`, its state, which every mixer has.
+described by what it declares: of a weight with an `expert` axis in front a token meets `top_k` of the module's
+`experts`. Such a module may have a method `flops(length, embed)`, the FLOPs of its products between activations over
+one sequence; its state is what the method `initial(batch, length, embed, dtype)` of all mixers returns.
 """
 
 import math
@@ -42,7 +42,11 @@ class Declared(NamedTuple):
 
 
 class Attention(NamedTuple):
-  """An attention's sizes. window: the keys a query sees, None for all. more: what it declares besides projections."""
+  """An attention's sizes.
+
+  window: the keys a query sees, None for all. relative: whether queries also meet a vector for every distance. more:
+  what it declares besides its four projections.
+  """
 
   heads: int
   groups: int
@@ -51,6 +55,7 @@ class Attention(NamedTuple):
   out_bias: bool
   window: int | None
   cross: bool
+  relative: bool
   more: Declared
 
 
@@ -144,7 +149,8 @@ def describe(ends: Any, boxes: Any, decoder: Any, encoder: Any | None) -> Card:
   """The card of a model from its parts in `transformer.py` and the weights they declare, by the stack's name."""
   norm = decoder.segments[0].blocks[0].norm()
   mixers = [make() for s in decoder.segments for b in s.blocks for _, make in b.mixers]
-  named = [*(getattr(m, 'rotate', None) for m in mixers), decoder.bias, ends.positions]
+  own = [getattr(m, name, None) for m in mixers for name in ('rotate', 'relative')]
+  named = [*own, decoder.bias, ends.positions]
   where = [getattr(p, 'func', p) for p in named if p is not None]
   names = [p.__name__ if hasattr(p, '__name__') else type(p).__name__ for p in where]
   embedding_norm = getattr(ends.embedding, 'norm', None)
@@ -201,6 +207,7 @@ def _mixer(module: Any, boxes: Any, embed: int) -> Attention | Declared:
     out_bias=module.bias if module.out_bias is None else module.out_bias,
     window=getattr(module, 'window', None),
     cross=isinstance(module, attention.CrossAttention),
+    relative=getattr(module, 'relative', None) is not None,
     more=_declared(module, {n: box for n, box in boxes.items() if n not in _COVERED}),
   )
 

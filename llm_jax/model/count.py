@@ -35,7 +35,9 @@ def active(card: Card) -> dict[str, int]:
 def _parameters(card: Card, active: bool) -> dict[str, int]:
   d, kinds = card.embed, (*card.decoder, *card.encoder)
   mixers = [(kind.repeats, mixer) for kind in kinds for mixer in kind.mixers]
-  norms = sum(kind.repeats * kind.norm * NORMS[kind.residual](len(kind.mixers) + 1) for kind in kinds)
+  norms = sum(
+    kind.repeats * kind.norm * NORMS[kind.residual](len(kind.mixers) + 1) for kind in kinds
+  )
   norms += (1 + bool(card.encoder)) * card.final_norm + card.embedding_norm
 
   def sized(part: Any) -> int:
@@ -56,11 +58,15 @@ def _parameters(card: Card, active: bool) -> dict[str, int]:
 
 def _heads(kinds: tuple) -> int:
   """The heads that share a stack's position bias."""
-  found = [m.heads for kind in kinds for m in kind.mixers if isinstance(m, Attention) and not m.cross]
+  found = [
+    m.heads for kind in kinds for m in kind.mixers if isinstance(m, Attention) and not m.cross
+  ]
   return found[0] if found else 0
 
 
-def weights(part: Attention | Dense | Declared, embed: int, *, active: bool = False) -> tuple[int, int]:
+def weights(
+  part: Attention | Dense | Declared, embed: int, *, active: bool = False
+) -> tuple[int, int]:
   """(elements of the matrices, of the biases and other vectors) of a sublayer; active: of those a token meets."""
   if isinstance(part, Declared):
     return part.active if active else part.weights, part.vectors
@@ -128,7 +134,7 @@ def forward_flops(
         keys, pairs = s, t * s
       own = d * (2 * width * tokens + kv * keys) + mixer.more.active * tokens
       found['attention'] += n * 2 * own
-      found['scores'] += n * (4 * width * pairs + mixer.more.flops(tokens, d))
+      found['scores'] += n * (4 + 2 * mixer.relative) * width * pairs
     for kind in kinds:
       if isinstance(kind.ffn, Declared):
         found['ffn'] += kind.repeats * _declared_flops(kind.ffn, tokens, d)

@@ -2,8 +2,8 @@
 
     model = build(presets.config('llama_7b', vocab_multiple=128, dtype='bfloat16'))()
 
-The tables in model/published/ are data: sizes, parts by import path, the published number of parameters and who says so.
-Nothing of a model is imported before its config is asked for.
+The tables in model/published/ are data: sizes, parts by import path, the published number of parameters and who says
+so. Nothing of a model is imported before its config is asked for.
 """
 
 from collections.abc import Mapping

@@ -30,7 +30,11 @@ PALM = dict(
   length=2048,
 )
 GOPHER = dict(
-  norm=RMS_NORM, relative='positions:TransformerXL', activation='ffn:gelu', vocab=32_000, length=2048
+  norm=RMS_NORM,
+  relative='positions:TransformerXL',
+  activation='ffn:gelu',
+  vocab=32_000,
+  length=2048,
 )
 POST = dict(
   norm=dict(fn='norms:LayerNorm'), residual='norms:post', final_norm=False, attention_bias=True,
@@ -167,7 +171,7 @@ CARDS = {
   **{
     f'gopher_{name}': Row(
       _GOPHER, printed, figure, dict(GOPHER, **sizes(layers, heads, embed, 4 * embed, head_dim)),
-      without='norm|relative_', note=_MATRICES,
+      without='norm|(content|position)_bias', note=_MATRICES,
     )
     for name, layers, heads, embed, head_dim, printed, figure in (
       ('44m', 8, 16, 512, 32, '44M', 43_646_976),
@@ -183,7 +187,7 @@ CARDS = {
     '70B',
     70_055_362_560,
     dict(GOPHER, **sizes(80, 64, 8192, 32768, 128)),
-    without='norm|relative_',
+    without='norm|(content|position)_bias',
     note=_MATRICES,
   ),
   'alphacode_41b': Row(
