@@ -79,8 +79,10 @@ def _flags() -> flags.FlagValues:
   at = dict(flag_values=values)
   flags.DEFINE_string('model', None, 'a published model; without any, all are listed', **at)
   flags.DEFINE_string('workdir', None, 'folder of a run, as given to llm-jax train', **at)
-  flags.DEFINE_integer('context', None, 'tokens of context; default what the model is for', **at)
-  flags.DEFINE_integer('encoder_context', None, 'tokens the encoder reads; default as many', **at)
+  told = 'tokens of context; default what the model is for'
+  flags.DEFINE_integer('context', None, told, lower_bound=1, **at)
+  told = 'tokens the encoder reads; default as many'
+  flags.DEFINE_integer('encoder_context', None, told, lower_bound=1, **at)
   flags.DEFINE_string('kv_dtype', 'bfloat16', f'of keys and values: {", ".join(WIDTHS)}', **at)
   flags.DEFINE_string(
     'mesh', 'data=1', f'sizes such as fsdp=16,tensor=4 of {", ".join(mesh.AXES)}', **at
@@ -210,7 +212,7 @@ def _sublayer(part: Any) -> str:
 
 
 def _weights(axes: Any, shapes: Any) -> str:
-  names, lines = tree.flatten(axes, is_leaf=tree.is_names), [('weights', 'shape', 'number')]
+  names, lines = tree.flatten(axes, is_leaf=tree.is_names), [('tensor', 'shape', 'number')]
   for path, leaf in tree.flatten(shapes).items():
     shape = ' '.join(f'{a}={n:,}' for a, n in zip(names[path], leaf.shape, strict=True))
     lines.append((path, shape, f'{tree.count(leaf):,}'))
