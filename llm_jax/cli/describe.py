@@ -198,17 +198,23 @@ def _sublayer(part: Any) -> str:
   if isinstance(part, Dense):
     return f'{"gated " * part.gated}feed-forward of {part.hidden:,}'
   if isinstance(part, Declared):
-    module = part.module
-    told = ('experts', 'top_k', 'hidden', 'heads')
-    sizes = [
-      f'{n}={getattr(module, n):,}' for n in told if isinstance(getattr(module, n, None), int)
-    ]
-    return ' '.join([type(module).__name__, *sizes])
+    return _module(part.module)
   assert isinstance(part, Attention)
   keys = '' if part.groups == part.heads else f' ({part.groups} of keys)'
   window = '' if part.window is None else f', window {part.window:,}'
   kind = 'cross-attention' if part.cross else 'attention'
   return f'{kind} of {part.heads} heads of {part.head_dim}{keys}{window}'
+
+
+def _module(module: Any) -> str:
+  """A module that is neither attention nor a dense feed-forward, with the sizes among its fields."""
+  sizes = [
+    f'{name}={value:,}' if isinstance(value, int) else f'{name} {_module(value())}'
+    for name, value in vars(module).items()
+    if name in ('experts', 'top_k', 'expert', 'shared', 'hidden', 'heads', 'head_dim', 'state')
+    and value is not None
+  ]
+  return ' '.join([type(module).__name__, *sizes])
 
 
 def _weights(axes: Any, shapes: Any) -> str:

@@ -23,13 +23,14 @@ _COVERED = (*_PROJECTIONS, *(f'{name}_bias' for name in _PROJECTIONS))
 class Declared(NamedTuple):
   """What a module declares per layer, in elements.
 
-  weights: of matrices; active: those of them that a token is multiplied with; vectors: biases, scales, gates.
+  weights: of matrices; vectors: biases, scales, gates; active and active_vectors: those of them that a token meets.
   """
 
   module: Any
   weights: int
-  active: int
   vectors: int
+  active: int
+  active_vectors: int
 
   def flops(self, length: int, embed: int) -> float:
     """FLOPs of the products between activations over a sequence, as far as the module says."""
@@ -213,17 +214,14 @@ def _mixer(module: Any, boxes: Any, embed: int) -> Attention | Declared:
 
 
 def _declared(module: Any, boxes: Any) -> Declared:
-  weights = active = vectors = 0
   experts, chosen = getattr(module, 'experts', None), getattr(module, 'top_k', 1)
+  found = dict(weights=0, vectors=0, active=0, active_vectors=0)
   for box in tree.flatten(boxes, is_leaf=param.is_box).values():
     shape, axes = box.value.shape[1:], box.axes[1:]  # less the layers
-    size = math.prod(shape)
-    routed = bool(axes) and axes[0] == 'expert' and shape[0] == experts
-    # the two axes of attention heads are one
-    inner = {'heads' if a in ('groups', 'head_dim') else a for a in axes[routed:]}
-    if len(inner) < 2:
-      vectors += size
-    else:
-      weights += size
-      active += size * min(chosen, experts) // experts if routed else size
-  return Declared(module, weights, active, vectors)
+    size = met = math.prod(shape)
+    if axes and axes[0] == 'expert' and shape[0] == experts:
+      axes, met = axes[1:], size * min(chosen, experts) // experts
+    matrix = len({'heads' if a in ('groups', 'head_dim') else a for a in axes}) > 1
+    found['weights' if matrix else 'vectors'] += size
+    found['active' if matrix else 'active_vectors'] += met
+  return Declared(module, **found)

@@ -69,7 +69,7 @@ def weights(
 ) -> tuple[int, int]:
   """(elements of the matrices, of the biases and other vectors) of a sublayer; active: of those a token meets."""
   if isinstance(part, Declared):
-    return part.active if active else part.weights, part.vectors
+    return (part.active, part.active_vectors) if active else (part.weights, part.vectors)
   if isinstance(part, Dense):
     inward = 1 + part.gated
     biases = part.bias * (inward * part.hidden + embed)

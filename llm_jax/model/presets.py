@@ -72,42 +72,33 @@ def assemble(
   feed-forwards for each token to meet `top_k` of, `dense` are changes to the others. builder: more arguments of the
   builder, such as `dtype`, `runner` or `vocab_multiple`.
   """
-  sizes = dict(heads=heads, groups=groups, head_dim=head_dim, bias=attention_bias, scale=scale)
-  sizes['kernel'] = part(kernel)
-  optional = dict(window=window, relative=part(relative))
-  mixer = use(
-    load('llm_jax.model.attention:SelfAttention'),
-    rotate=part(rotate),
-    **sizes,
-    **{name: value for name, value in optional.items() if value is not None},
+  attend = dict(heads=heads, groups=groups, head_dim=head_dim, bias=attention_bias, scale=scale)
+  attend['kernel'] = part(kernel)
+  extra = dict(window=window, relative=part(relative))
+  mixers = dict(
+    mixer=use(
+      load('llm_jax.model.attention:SelfAttention'),
+      rotate=part(rotate),
+      **attend,
+      **{name: value for name, value in extra.items() if value is not None},
+    )
   )
-  unit = dict(activation=activation, gated=gated, bias=ffn_bias)
+  unit = dict(hidden=hidden, activation=activation, gated=gated, bias=ffn_bias)
+  units = _units(unit, experts, top_k, every, {**unit, **(dense or {})})
   rest = dict(norm=part(norm), residual=part(residual))
-
-  def block(fn: str, ffn: ConfigDict, **mixers: Any) -> ConfigDict:
-    return use(load(f'llm_jax.model.block:{fn}'), mixer=mixer, ffn=ffn, **mixers, **rest)
-
-  def blocks(fn: str, **mixers: Any) -> Any:
-    if experts is None:
-      return block(fn, _dense(hidden, **unit), **mixers)
-    plain = block(fn, _dense(hidden, **{**unit, **(dense or {})}), **mixers)
-    return (*(plain,) * (every - 1), block(fn, _routed(hidden, experts, top_k, **unit), **mixers))
-
-  more = dict(builder)
   if kind == 'encoder_decoder':
-    cross = use(load('llm_jax.model.attention:CrossAttention'), **sizes)
-    more |= dict(encoder_layers=encoder_layers, encoder_block=blocks('decoder'))
-    made = blocks('cross_decoder', cross=cross)
-  else:
-    made = blocks('decoder')
-  if isinstance(made, tuple):  # a pattern is one segment
-    layers, made = (layers,), (made,)
+    builder['encoder_layers'], builder['encoder_block'] = _pattern(
+      'decoder', encoder_layers, units, **mixers, **rest
+    )
+    mixers['cross'] = use(load('llm_jax.model.attention:CrossAttention'), **attend)
+  block = 'cross_decoder' if 'cross' in mixers else 'decoder'
+  many, pattern = _pattern(block, layers, units, **mixers, **rest)
   return use(
     load(f'llm_jax.model.transformer:{kind}'),
     vocab=vocab,
     embed=embed,
-    layers=layers,
-    block=made,
+    layers=many,
+    block=pattern,
     length=length,
     norm=part(norm) if final_norm else None,
     positions=part(positions),
@@ -115,8 +106,30 @@ def assemble(
     embedding=part(embedding),
     head=part(head),
     init=part(init),
-    **more,
+    **builder,
   )
+
+
+def _pattern(block: str, layers: int, units: tuple, **rest: Any) -> tuple[Any, Any]:
+  """`layers` and `block` of a builder: blocks that repeat the feed-forwards `units`."""
+  made = tuple(use(load(f'llm_jax.model.block:{block}'), ffn=unit, **rest) for unit in units)
+  return (layers, made[0]) if len(made) == 1 else ((layers,), (made,))  # a pattern is a segment
+
+
+def _units(
+  unit: Mapping[str, Any], experts: int | None, top_k: int, every: int, dense: Mapping[str, Any]
+) -> tuple[ConfigDict, ...]:
+  """The feed-forwards that the layers repeat."""
+  if experts is None:
+    return (_dense(**unit),)
+  moe = load('llm_jax.model.moe:MoE')
+  routed = use(moe, experts=experts, expert=_dense(**unit), top_k=top_k)
+  return (*(_dense(**dense),) * (every - 1), routed)
+
+
+def _dense(*, hidden: int, activation: Any, gated: bool, bias: bool) -> ConfigDict:
+  unit = load('llm_jax.model.ffn:Gated' if gated else 'llm_jax.model.ffn:MLP')
+  return use(unit, hidden=hidden, activation=part(activation), bias=bias)
 
 
 def part(told: Any) -> Any:
@@ -127,22 +140,3 @@ def part(told: Any) -> Any:
   path = told.pop('fn')
   nested = {n: part(v) if isinstance(v, Mapping) else v for n, v in told.items()}
   return use(load(f'llm_jax.model.{path}'), **nested)
-
-
-def _dense(hidden: int, *, activation: Any, gated: bool, bias: bool) -> ConfigDict:
-  unit = load('llm_jax.model.ffn:Gated' if gated else 'llm_jax.model.ffn:MLP')
-  return use(unit, hidden=hidden, activation=part(activation), bias=bias)
-
-
-def _routed(
-  hidden: int, experts: int, top_k: int, *, activation: Any, gated: bool, bias: bool
-) -> ConfigDict:
-  del bias  # experts have none
-  return use(
-    load('llm_jax.model.moe:MoE'),
-    hidden=hidden,
-    experts=experts,
-    top_k=top_k,
-    activation=part(activation),
-    gated=gated,
-  )

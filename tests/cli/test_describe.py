@@ -50,6 +50,13 @@ def test_palm_on_512_devices_that_are_not_there(capsys):
   assert 'kept whole: groups (1 does not divide by tensor=4)' in out
 
 
+def test_the_readme_shows_what_it_prints(capsys):
+  _, out, _ = run(capsys, '--model=palm_540b', '--mesh=data=8,fsdp=16,tensor=4')
+  with open(f'{ROOT}/README.md', encoding='utf-8') as f:
+    shown = re.search(r'^```text\n(parameters .*?)^```$', f.read(), re.M | re.S)
+  assert out.endswith(shown[1])
+
+
 def test_columns_are_aligned(capsys):
   _, out, _ = run(capsys, '--model=gpt2')
   block = next(b for b in out.split('\n\n') if b.startswith('parameters'))

@@ -344,7 +344,8 @@ def test_unequal_blocks_are_counted_one_by_one():
   assert [kind.repeats for kind in card.decoder] == [2, 2, 1, 1, 1] and card.layers == 7
   assert sum(parts.values()) == in_the_tree(model)
   assert parts['mixer'] == 2 * (4 * 256 * 128 + 128)
-  assert parts['ffn'] - met['ffn'] == 2 * 6 * 2 * 256 * 192  # 6 of 8 experts in two layers
+  # 6 of 8 experts in two layers, with their biases
+  assert parts['ffn'] - met['ffn'] == 2 * 6 * (2 * 256 * 192 + 256)
   assert {n for n in parts if parts[n] != met[n]} == {'ffn'}
 
 
