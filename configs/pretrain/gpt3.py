@@ -19,45 +19,34 @@ Not run here; the paper's fit is 2.57 C^-0.048 nats per token for C petaFLOP/s-d
 from configs.pretrain import lm
 from llm_jax.core.config import build, use, variant
 from llm_jax.core.errors import UserError, nearest
-from llm_jax.model import (
-  attention,
-  block,
-  ffn,
-  heads,
-  init,
-  kernels,
-  norms,
-  positions,
-  stack,
-  transformer,
-)
+from llm_jax.model import presets, stack
 from llm_jax.optim import batch_size, chain, rules, schedules
 
 TOKENS, DECAY, WARMUP, LENGTH = 300 * 10**9, 260 * 10**9, 375 * 10**6, 2048
-# layers, embed, heads, sequences in a batch (0.5M to 3.2M tokens), peak learning rate, billions of tokens until
+# sequences in a batch (0.5M to 3.2M tokens), peak learning rate, billions of tokens until
 # the batch is that large ("4-12, depending on the model size")
 SIZES = {
-  'small': (12, 768, 12, 256, 6.0e-4, 4),
-  'medium': (24, 1024, 16, 256, 3.0e-4, 4),
-  'large': (24, 1536, 16, 256, 2.5e-4, 4),
-  'xl': (24, 2048, 16, 512, 2.0e-4, 6),
-  '2.7b': (32, 2560, 32, 512, 1.6e-4, 6),
-  '6.7b': (32, 4096, 32, 1024, 1.2e-4, 8),
-  '13b': (40, 5120, 40, 1024, 1.0e-4, 8),
-  '175b': (96, 12288, 96, 1536, 0.6e-4, 12),
+  'small': (256, 6.0e-4, 4),
+  'medium': (256, 3.0e-4, 4),
+  'large': (256, 2.5e-4, 4),
+  'xl': (512, 2.0e-4, 6),
+  '2.7b': (512, 1.6e-4, 6),
+  '6.7b': (1024, 1.2e-4, 8),
+  '13b': (1024, 1.0e-4, 8),
+  '175b': (1536, 0.6e-4, 12),
 }
 
 
 def get_config(text=None):
   arg = variant(text, size='small', data='c4')
-  layers, embed, query_heads, batch, peak, grown = pick(arg.size, SIZES)
+  batch, peak, grown = pick(arg.size, SIZES)
   start = (
     batch // 16
   )  # sixteen sizes to compile; 32K tokens for the three smallest models, as published for all
   ramp = use(batch_size.ramp, start=start, end=batch, multiple=start, over=grown * 10**9 // LENGTH)
   steps, decay, warmup = (updates(tokens, batch, build(ramp)) for tokens in (TOKENS, DECAY, WARMUP))
   c = large_run(arg.data, batch, steps, vocab=50_257)
-  c.model = model(layers, embed, query_heads)
+  c.model = model(f'gpt3_{arg.size}')
   c.source.ramp = ramp
   c.optimizer = optimizer(peak, decay, warmup)
   return c
@@ -95,34 +84,13 @@ def large_run(data, batch, steps, vocab):
   return c
 
 
-def model(layers, embed, query_heads):
-  layer_norm = use(norms.LayerNorm)
-  layer = use(
-    block.decoder,
-    mixer=use(
-      attention.SelfAttention,
-      heads=query_heads,
-      bias=True,
-      rotate=None,
-      kernel=use(kernels.dot_product),
-    ),
-    ffn=use(ffn.MLP, hidden=4 * embed, bias=True, activation=use(ffn.gelu_tanh)),
-    norm=layer_norm,
-    residual=use(norms.pre),
-  )
-  return use(
-    transformer.causal,
-    vocab=50_257,
-    vocab_multiple=128,
-    embed=embed,
-    layers=layers,
-    length=LENGTH,
-    block=layer,
-    norm=layer_norm,
-    positions=use(positions.Learned),
+def model(name):
+  """A published model, its vocabulary padded to divide over devices, layers recomputed, in bf16."""
+  return presets.config(
+    name,
+    kernel='kernels:dot_product',
     runner=use(stack.scan, remat='full'),
-    head=use(heads.Tied),
-    init=use(init.gpt2),
+    vocab_multiple=128,
     dtype='bfloat16',
   )
 

@@ -11,64 +11,23 @@ The paper spent 82,432 (7b) and 1,022,362 (65b) A100-hours. Not run here.
 """
 
 from configs.pretrain import gpt3
-from llm_jax.core.config import use, variant
-from llm_jax.model import (
-  attention,
-  block,
-  ffn,
-  heads,
-  init,
-  kernels,
-  norms,
-  positions,
-  stack,
-  transformer,
-)
+from llm_jax.core.config import variant
 
 BATCH = 2048  # sequences of 2,048 tokens
-# layers, embed, heads, peak learning rate, billions of tokens
+# peak learning rate, billions of tokens
 SIZES = {
-  '7b': (32, 4096, 32, 3.0e-4, 1000),
-  '13b': (40, 5120, 40, 3.0e-4, 1000),
-  '33b': (60, 6656, 52, 1.5e-4, 1400),
-  '65b': (80, 8192, 64, 1.5e-4, 1400),
+  '7b': (3.0e-4, 1000),
+  '13b': (3.0e-4, 1000),
+  '33b': (1.5e-4, 1400),
+  '65b': (1.5e-4, 1400),
 }
 
 
 def get_config(text=None):
   arg = variant(text, size='7b', data='c4')
-  layers, embed, query_heads, peak, tokens = gpt3.pick(arg.size, SIZES)
+  peak, tokens = gpt3.pick(arg.size, SIZES)
   steps = tokens * 10**9 // (BATCH * gpt3.LENGTH)
   c = gpt3.large_run(arg.data, BATCH, steps, vocab=32_000)
-  c.model = model(layers, embed, query_heads)
+  c.model = gpt3.model(f'llama_{arg.size}')
   c.optimizer = gpt3.optimizer(peak, steps, warmup=2000)
   return c
-
-
-def model(layers, embed, query_heads):
-  layer = use(
-    block.decoder,
-    mixer=use(
-      attention.SelfAttention,
-      heads=query_heads,
-      rotate=use(positions.rope),
-      kernel=use(kernels.dot_product),
-    ),
-    ffn=use(ffn.Gated, hidden=ffn.llama_hidden(embed), activation=use(ffn.silu)),
-    norm=use(norms.RMSNorm, eps=1e-6),
-    residual=use(norms.pre),
-  )
-  return use(
-    transformer.causal,
-    vocab=32_000,
-    vocab_multiple=128,
-    embed=embed,
-    layers=layers,
-    length=gpt3.LENGTH,
-    block=layer,
-    norm=use(norms.RMSNorm, eps=1e-6),
-    runner=use(stack.scan, remat='full'),
-    head=use(heads.Untied),
-    init=use(init.gpt2),
-    dtype='bfloat16',
-  )

@@ -1,1 +1,1 @@
-"""The commands: `llm-jax train`, `llm-jax generate`. Each is an absl main that reads a config and calls functions."""
+"""The commands: `llm-jax train`, `generate`, `describe`. Each is an absl main that reads flags and calls functions."""

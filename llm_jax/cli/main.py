@@ -9,6 +9,7 @@ from llm_jax.core.errors import UserError, nearest
 COMMANDS = dict(
   train='train or go on training: --config=FILE.py --workdir=DIR [--config.KEY=VALUE ...]',
   generate='text from a trained model: --workdir=DIR --prompt=TEXT',
+  describe='sizes, FLOPs and memory of a published model or a config: --model=NAME [--mesh=fsdp=16,tensor=4]',
 )
 
 

@@ -93,6 +93,16 @@ def make(
   )
 
 
+def abstract(**sizes: int) -> jax.sharding.AbstractMesh:
+  """A mesh of these sizes (1 where not named) without devices: to plan for more of them than there are."""
+  for name, size in sizes.items():
+    if name not in AXES:
+      raise UserError(f'no mesh axis {name!r}; {nearest(name, AXES)}')
+    if size < 1:
+      raise UserError(f'mesh {name}={size}: without devices every size is a positive number')
+  return jax.sharding.AbstractMesh(tuple(sizes.get(a, 1) for a in AXES), AXES)
+
+
 def _show(sizes: Mapping[str, int]) -> str:
   return ' x '.join(f'{n}={s}' for n, s in sizes.items() if s != 1) or 'data=1'
 
@@ -219,13 +229,14 @@ def _without_batch_axes(partition: PartitionSpec) -> PartitionSpec:
   return PartitionSpec(*entries)
 
 
-def shardings(axes: Any, shapes: Any, kind: str = 'weights') -> Any:
-  """A tree of `NamedSharding`s for a tree of axis-name tuples, on the mesh of `jax.set_mesh`.
+def shardings(axes: Any, shapes: Any, kind: str = 'weights', on: Any = None) -> Any:
+  """A tree of `NamedSharding`s for a tree of axis-name tuples.
 
-  axes: tree of tuples of names. shapes: the same tree of arrays or `ShapeDtypeStruct`s. Raises
-  `UserError` when an axis does not divide by the mesh axes it is split over.
+  axes: tree of tuples of names. shapes: the same tree of arrays or `ShapeDtypeStruct`s. on: the mesh, which may be
+  `abstract`; default that of `jax.set_mesh`. Raises `UserError` when an axis does not divide by the mesh axes it is
+  split over.
   """
-  mesh = jax.sharding.get_mesh()
+  mesh = jax.sharding.get_mesh() if on is None else on
   if mesh.empty:
     raise UserError('no mesh: wrap the call in `with jax.set_mesh(mesh.make(...))`')
   flat = tree_lib.flatten(axes, is_leaf=tree_lib.is_names)

@@ -6,11 +6,11 @@ token forward and 4 backward. Kaplan et al. 2020 (arXiv:2001.08361, table 1); Ch
 (arXiv:2204.02311, appendix B); Rajbhandari et al. 2020 (arXiv:1910.02054, section 5).
 """
 
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 from llm_jax.core.errors import UserError
+from llm_jax.model.card import Attention, Card, Declared, Dense
 from llm_jax.model.norms import NORMS
-from llm_jax.model.transformer import Card
 
 PF_DAY = 1e15 * 24 * 3600  # FLOPs in a petaFLOP/s-day: 8.64e19
 
@@ -23,28 +23,63 @@ class Cell(NamedTuple):
 
 
 def parameters(card: Card) -> dict[str, int]:
-  """The number of parameters by part; the values sum to the size of `model.init`'s tree.
+  """The number of parameters by part; the values sum to the size of `model.init`'s tree."""
+  return _parameters(card, active=False)
 
-  Assumes that all blocks of a stack have the sizes of the first, and that both stacks of an
-  encoder-decoder have the same.
-  """
-  d, stacks = card.embed, 2 if card.encoder_layers else 1
-  attentions = card.encoder_layers + card.layers * stacks  # a decoder block with an encoder has two
-  norms = (
-    card.encoder_layers * _norms(card, 2)
-    + card.layers * _norms(card, 1 + stacks)
-    + stacks * card.final_norm
-    + card.embedding_norm
+
+def active(card: Card) -> dict[str, int]:
+  """`parameters` without the experts that a token is not sent to, by part."""
+  return _parameters(card, active=True)
+
+
+def _parameters(card: Card, active: bool) -> dict[str, int]:
+  d, kinds = card.embed, (*card.decoder, *card.encoder)
+  mixers = [(kind.repeats, mixer) for kind in kinds for mixer in kind.mixers]
+  norms = sum(
+    kind.repeats * kind.norm * NORMS[kind.residual](len(kind.mixers) + 1) for kind in kinds
   )
+  stacks = 1 + bool(card.encoder)
+  norms += stacks * (card.final_norm + card.stem_norm) + card.embedding_norm
+  width, project = card.rank or d, (card.rank or 0) * d
+  tables = stacks if card.stem_norm else 1  # of learned positions
+
+  def sized(part: Any) -> int:
+    matrices, vectors = weights(part, d, active=active)
+    return matrices + vectors
+
   return dict(
-    embedding=card.rows * d,
-    positions=card.length * d if 'Learned' in card.positions.split('+') else 0,
-    attention=attentions * sum(_attention(card)),
-    ffn=(card.layers + card.encoder_layers) * sum(_ffn(card)),
-    norm=norms * d * (1 + card.norm_bias),
-    buckets=stacks * card.buckets * (card.heads or 0),
-    head=0 if card.tied else card.rows * (d + card.head_bias),
+    embedding=card.rows * width + project,
+    positions=tables * card.length * d if 'Learned' in card.positions.split('+') else 0,
+    attention=sum(n * sized(m) for n, m in mixers if isinstance(m, Attention)),
+    mixer=sum(n * sized(m) for n, m in mixers if isinstance(m, Declared)),
+    ffn=sum(kind.repeats * sized(kind.ffn) for kind in kinds),
+    norm=norms * d,
+    buckets=card.buckets * sum(_heads(stack) for stack in (card.decoder, card.encoder)),
+    head=project if card.tied else card.rows * (d + card.head_bias),
   )
+
+
+def _heads(kinds: tuple) -> int:
+  """The heads that share a stack's position bias."""
+  found = [
+    m.heads for kind in kinds for m in kind.mixers if isinstance(m, Attention) and not m.cross
+  ]
+  return found[0] if found else 0
+
+
+def weights(
+  part: Attention | Dense | Declared, embed: int, *, active: bool = False
+) -> tuple[int, int]:
+  """(elements of the matrices, of the biases and other vectors) of a sublayer; active: of those a token meets."""
+  if isinstance(part, Declared):
+    return (part.active, part.active_vectors) if active else (part.weights, part.vectors)
+  if isinstance(part, Dense):
+    inward = 1 + part.gated
+    biases = part.bias * (inward * part.hidden + embed)
+    return (inward + 1) * embed * part.hidden, biases
+  q, kv = part.heads * part.head_dim, 2 * part.groups * part.head_dim
+  biases = part.bias * (q + kv) + part.out_bias * embed
+  return embed * (2 * q + kv) + part.more.weights, biases + part.more.vectors
 
 
 def total(card: Card) -> int:
@@ -86,22 +121,42 @@ def forward_flops(
 
   length: decoder tokens; encoder_length: encoder tokens. seen: the part of the decoder's keys that
   a query is multiplied with: 0.5 for a causal mask (Kaplan), 1 when all products are computed
-  (PaLM's count of MFU, and most kernels). Softmax, norms and activations are left out: they are
-  below 2 % from embed = 256 on.
+  (PaLM's count of MFU, and most kernels); of a window, the part of its beginning. Softmax, norms and
+  activations are left out: they are below 2 % from embed = 256 on.
   """
-  width = (card.heads or 0) * (card.head_dim or 0)
-  kv = 2 * card.embed * (card.groups or 0) * (card.head_dim or 0)  # weights on the side of the keys
-  q = 2 * card.embed * width
-  t, s = length, encoder_length
-  attention = card.layers * (q + kv) * t + card.encoder_layers * (q + kv) * s
-  scores = 2 * width * (card.layers * t * t * seen + card.encoder_layers * s * s)
-  if card.encoder_layers:
-    attention += card.layers * (q * t + kv * s)
-    scores += 2 * width * card.layers * t * s
-  ffn = _ffn(card)[0] * (card.layers * t + card.encoder_layers * s)
-  return dict(
-    attention=2 * attention, scores=2 * scores, ffn=2 * ffn, head=2 * card.embed * card.rows * t
-  )
+  d, t, s = card.embed, length, encoder_length
+  head = card.rows * d
+  if card.tied and card.rank is not None:
+    head = card.rank * (card.rows + 2 * d)  # the table's two projections are counted here
+  found = dict(attention=0, scores=0, mixer=0, ffn=0, head=2 * head * t)
+  for kinds, tokens, share in ((card.decoder, t, seen), (card.encoder, s, 1)):
+    for n, mixer in ((kind.repeats, mixer) for kind in kinds for mixer in kind.mixers):
+      if isinstance(mixer, Declared):
+        found['mixer'] += n * _declared_flops(mixer, tokens, d)
+        continue
+      width, kv = mixer.heads * mixer.head_dim, 2 * mixer.groups * mixer.head_dim
+      keys, pairs = tokens, _pairs(tokens, mixer.window, share)
+      if mixer.cross:
+        keys, pairs = s, t * s
+      own = d * (2 * width * tokens + kv * keys) + mixer.more.active * tokens
+      found['attention'] += n * 2 * own
+      found['scores'] += n * (4 + 2 * mixer.relative) * width * pairs
+    for kind in kinds:
+      if isinstance(kind.ffn, Declared):
+        found['ffn'] += kind.repeats * _declared_flops(kind.ffn, tokens, d)
+      else:
+        found['ffn'] += kind.repeats * 2 * weights(kind.ffn, d)[0] * tokens
+  return found
+
+
+def _declared_flops(part: Declared, tokens: int, embed: int) -> float:
+  return 2 * part.active * tokens + part.flops(tokens, embed)
+
+
+def _pairs(length: int, window: int | None, seen: float) -> float:
+  """How many pairs of a query and a key are multiplied."""
+  near = length if window is None else min(window, length)
+  return length * near - (1 - seen) * near * near
 
 
 def training_flops(card: Card, length: int, encoder_length: int = 0, *, seen: float = 0.5) -> float:
@@ -125,8 +180,33 @@ def mfu(flops: float, *, seconds: float, devices: int, peak: float) -> float:
 
 
 def kv_bytes(card: Card, *, width: int = 2) -> int:
-  """Bytes of keys and values per token of context, `width` a number; cross-attention has as many per encoder token."""
-  return 2 * card.layers * (card.groups or 0) * (card.head_dim or 0) * width
+  """Bytes of keys and values per token of context, `width` a number; cross-attention has as many per encoder token.
+
+  Layers with a window count until it is full; layers without keys do not (see `context_bytes`).
+  """
+  return sum(
+    kind.repeats * 2 * mixer.groups * mixer.head_dim * width
+    for kind in card.decoder
+    for mixer in kind.mixers
+    if isinstance(mixer, Attention) and not mixer.cross
+  )
+
+
+def context_bytes(card: Card, length: int, encoder_length: int = 0, *, width: int = 2) -> int:
+  """Bytes that the decoder keeps of one sequence of `length` tokens: what decoding needs besides the weights.
+
+  Keys and values of every token (of the last `window`), the state of layers without them, and the keys and values of
+  the encoder's tokens.
+  """
+  found = 0
+  for kind in card.decoder:
+    for mixer in kind.mixers:
+      if isinstance(mixer, Declared):
+        found += kind.repeats * mixer.state_bytes(length, card.embed, width)
+        continue
+      tokens = encoder_length if mixer.cross else min(length, mixer.window or length)
+      found += kind.repeats * 2 * mixer.groups * mixer.head_dim * width * tokens
+  return found
 
 
 def intensity(
@@ -168,27 +248,3 @@ def zero_bytes(
 def zero_traffic(parameters: float, *, stage: int) -> float:
   """Numbers each device sends per step: 2 per parameter (reduce-scatter, all-gather), in stage 3 half as many again."""
   return parameters * (3 if stage == 3 else 2)
-
-
-def _attention(card: Card) -> tuple[int, int]:
-  """(weights, biases) of one attention."""
-  if card.heads is None:
-    raise UserError('this model has no attention in its first block: no closed form counts it')
-  q, kv = card.heads * card.head_dim, 2 * card.groups * card.head_dim
-  biases = card.attention_bias * (q + kv) + card.attention_out_bias * card.embed
-  return card.embed * (2 * q + kv), biases
-
-
-def _ffn(card: Card) -> tuple[int, int]:
-  """(weights, biases) of one feed-forward."""
-  if card.ffn is None:
-    raise UserError(
-      'this model has no dense feed-forward in its first block: no closed form counts it'
-    )
-  inward = 1 + card.gated
-  return (inward + 1) * card.embed * card.ffn, card.ffn_bias * (inward * card.ffn + card.embed)
-
-
-def _norms(card: Card, sublayers: int) -> int:
-  """Norms in a block of so many sublayers."""
-  return NORMS[card.residual](sublayers)

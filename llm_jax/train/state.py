@@ -41,26 +41,27 @@ def trained(params: Any, trainable: str | None) -> Any:
   return params if trainable is None else tree.split(params, tree.select(params, trainable))[0]
 
 
-def layout(model: Any, tx: Any, trainable: str | None = None) -> Layout | None:
-  """Where state and gradients live under the current mesh and axis rules; None on a single device.
+def layout(model: Any, tx: Any, trainable: str | None = None, on: Any = None) -> Layout | None:
+  """Where state and gradients live under the current axis rules on the current mesh; None on a single device.
 
-  Raises `UserError` before anything is allocated when an axis does not divide by the mesh.
+  on: another mesh, which may be `mesh.abstract`. Raises `UserError` before anything is allocated when an axis does not
+  divide by the mesh.
   """
-  if mesh.current() is None:
+  if on is None and mesh.current() is None:
     return None
   with mesh.outside():
     params = jax.eval_shape(model.init, jax.random.key(0))
   part = trained(params, trainable)
   part_axes = tree.align(model.axes, part)
   opt_state = jax.eval_shape(tx.init, part)
-  scalar = mesh.shardings((), jax.ShapeDtypeStruct((), jnp.int32))
+  scalar = mesh.shardings((), jax.ShapeDtypeStruct((), jnp.int32), on=on)
   return Layout(
     State(
       scalar,
-      mesh.shardings(model.axes, params, 'weights'),
-      mesh.shardings(tx.axes(part), opt_state, 'optimizer'),
+      mesh.shardings(model.axes, params, 'weights', on),
+      mesh.shardings(tx.axes(part), opt_state, 'optimizer', on),
     ),
-    mesh.shardings(part_axes, part, 'gradients'),
+    mesh.shardings(part_axes, part, 'gradients', on),
   )
 
 

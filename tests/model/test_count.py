@@ -4,11 +4,12 @@ import functools
 import itertools
 import math
 
+import flax.linen as nn
 import jax
 import jax.numpy as jnp
 import pytest
 
-from llm_jax.core import tree
+from llm_jax.core import tree, weights
 from llm_jax.core.errors import UserError
 from llm_jax.model import (
   attention,
@@ -18,6 +19,7 @@ from llm_jax.model import (
   heads,
   init,
   norms,
+  param,
   positions,
   stack,
   transformer,
@@ -267,6 +269,133 @@ def test_flops_are_what_xla_counts(kind, encoder_length):
   assert ours <= xla[forward] <= 1.02 * ours
   trained = length * count.training_flops(model.card, length, encoder_length, seen=1.0)
   assert abs(xla['grad'] / trained - 1) < 0.02
+
+
+class Routed(nn.Module):
+  """Every expert computed, the first `top_k` kept: enough of a mixture of experts to be counted."""
+
+  hidden: int
+  experts: int
+  top_k: int = 2
+
+  @nn.compact
+  def __call__(self, x, ctx):
+    d, e, f = x.shape[-1], self.experts, self.hidden
+    router = param.weight(self, 'router', (d, e), ('embed', 'expert'), 'router')
+    up = param.weight(self, 'up', (e, d, f), ('expert', 'embed', 'ffn'), 'ffn_in')
+    down = param.weight(self, 'down', (e, f, d), ('expert', 'ffn', 'embed'), 'ffn_out')
+    bias = param.weight(self, 'bias', (e, d), ('expert', 'embed'), param.zeros)
+    gate = jax.nn.softmax(weights.einsum('btd,de->bte', x, router))[..., : self.top_k]
+    h = jax.nn.relu(jnp.einsum('btd,edf->btef', x, up[: self.top_k]))
+    y = jnp.einsum('btef,efd->bted', h, down[: self.top_k]) + bias[: self.top_k]
+    return (gate[..., None] * y).sum(2), {}
+
+
+class Decayed(nn.Module):
+  """Linear attention with one decay per head: a state [heads, head_dim, head_dim] instead of keys."""
+
+  heads: int
+  head_dim: int
+
+  @nn.compact
+  def __call__(self, x, ctx, state=None):
+    shape, axes = (x.shape[-1], self.heads, self.head_dim), ('embed', 'heads', 'head_dim')
+    q, k, v = (
+      weights.einsum('btd,dhk->bthk', x, param.weight(self, n, shape, axes, n)) for n in 'qkv'
+    )
+    decay = param.weight(self, 'decay', (self.heads, self.head_dim), axes[1:], param.zeros)
+    at = jnp.arange(x.shape[1])
+    near = jnp.exp(jnp.minimum(0, at - at[:, None])) * (at <= at[:, None])
+    scores = jnp.einsum('bthk,bshk->bhts', q * decay, k) * near
+    out = param.weight(self, 'out', shape[1:] + shape[:1], (*axes[1:], 'embed'), 'attention_out')
+    return weights.einsum('bthk,hkd->btd', jnp.einsum('bhts,bshk->bthk', scores, v), out), state
+
+  def flops(self, length, embed):
+    """Of the two products of the parallel form."""
+    return 4 * self.heads * self.head_dim * length**2
+
+  def initial(self, batch, length, embed, dtype):
+    """Of the recurrent form."""
+    return dict(s=jnp.zeros((batch, self.heads, self.head_dim, self.head_dim), jnp.float32))
+
+
+def mixed():
+  """Two segments of unequal blocks: attention of two sizes, a mixture of experts, a mixer without keys."""
+  attend = part(block.decoder, mixer=part(attention.SelfAttention, heads=4, groups=2))
+  dense, wide = part(ffn.Gated, hidden=320), part(ffn.MLP, hidden=640, bias=True)
+  routed = part(Routed, hidden=192, experts=8)
+  few = part(block.decoder, mixer=part(attention.SelfAttention, heads=2, head_dim=32), ffn=wide)
+  decayed = part(
+    block.decoder, mixer=part(Decayed, heads=2, head_dim=64), ffn=dense, norm=norms.LayerNorm
+  )
+  return transformer.causal(
+    vocab=256,
+    embed=256,
+    layers=(4, 3),
+    block=((part(attend, ffn=dense), part(attend, ffn=routed)), (few, decayed, decayed)),
+    runner=stack.loop,
+  )
+
+
+def test_unequal_blocks_are_counted_one_by_one():
+  model = mixed()
+  card = model.card
+  parts, met = count.parameters(card), count.active(card)
+  assert [kind.repeats for kind in card.decoder] == [2, 2, 1, 1, 1] and card.layers == 7
+  assert sum(parts.values()) == in_the_tree(model)
+  assert parts['mixer'] == 2 * (4 * 256 * 128 + 128)
+  # 6 of 8 experts in two layers, with their biases
+  assert parts['ffn'] - met['ffn'] == 2 * 6 * (2 * 256 * 192 + 256)
+  assert {n for n in parts if parts[n] != met[n]} == {'ffn'}
+
+
+def test_flops_of_unequal_blocks_are_what_xla_counts():
+  model, length = mixed(), 64
+  params = jax.eval_shape(model.init, jax.random.key(0))
+  batch = dict(inputs=jax.ShapeDtypeStruct((1, length), jnp.int32))
+  forward = jax.jit(lambda params, batch: model.logits(params, model.hidden(params, batch).x))
+  xla = forward.lower(params, batch).cost_analysis()['flops']
+  ours = count.forward_flops(model.card, length, seen=1.0)
+  assert sum(ours.values()) <= xla <= 1.03 * sum(ours.values())
+  assert ours['mixer'] == 2 * length * 2 * 4 * 256 * 128 + 2 * 4 * 128 * length**2
+
+
+def test_what_decoding_keeps_of_unequal_blocks():
+  card, state = mixed().card, 4 * 2 * 64 * 64
+  assert count.kv_bytes(card) == 2 * 2 * (4 * 2 * 64 + 1 * 2 * 32)
+  for length in (1, 100):
+    want = length * count.kv_bytes(card) + 2 * state
+    assert count.context_bytes(card, length) == want
+
+
+def windowed(card, window):
+  """The card of the same model, its attentions seeing that many keys."""
+  kinds = (
+    kind._replace(mixers=tuple(m._replace(window=window) for m in kind.mixers))
+    for kind in card.decoder
+  )
+  return card._replace(decoder=tuple(kinds))
+
+
+@pytest.mark.parametrize('window', [1, 3, 16, 17, None])
+def test_a_window_limits_products_and_keys(window):
+  length, card = 16, windowed(llama(2, 64, 4, 96, 2, vocab=8).card, window)
+  near = min(window or length, length)
+  pairs = sum(1 for i in range(length) for j in range(i + 1) if i - j < near)
+  # the diagonal is a full product: half of the square is half a pair per token less than that
+  products = count.forward_flops(card, length)['scores'] / (2 * 4 * 64)
+  assert products == pairs - near / 2
+  assert count.forward_flops(card, length, seen=1.0)['scores'] == 2 * 4 * 64 * length * near
+  each = count.kv_bytes(card)
+  assert count.context_bytes(card, length) == each * near
+  assert count.context_bytes(card, 2) == each * min(2, near)
+
+
+def test_what_cross_attention_keeps():
+  card = t5(2, 64, 4, 16, 96).card
+  each = count.kv_bytes(card)
+  assert each == 2 * 2 * 2 * 64
+  assert count.context_bytes(card, 10, 30) == 40 * each
 
 
 def test_six_n_d_is_most_of_the_training_flops():

@@ -384,8 +384,9 @@ def test_initial_deviations_per_tensor():
 def test_the_default_is_the_recommended_recipe(tiny):
   model = tiny.causal()
   card = model.card
-  assert (card.norm, card.residual, card.positions, card.gated) == ('RMSNorm', 'pre', 'rope', True)
-  assert not card.attention_bias and not card.ffn_bias and card.final_norm
+  assert (card.norm, card.residual, card.positions) == ('RMSNorm', 'pre', 'rope')
+  feed = card.decoder[0].ffn
+  assert feed.gated and not feed.bias and not card.attention.bias and card.final_norm
   assert ffn.Gated(hidden=1).activation is ffn.silu
   assert set(tree.flatten(model.axes['embedding'], lambda x: isinstance(x, tuple))) == {'table'}
 
