@@ -45,8 +45,8 @@ class Declared(NamedTuple):
 class Attention(NamedTuple):
   """An attention's sizes.
 
-  window: the keys a query sees, None for all. relative: whether queries also meet a vector for every distance. more:
-  what it declares besides its four projections.
+  window: the keys a query sees, sinks among them, None for all (and for other patterns). relative: whether queries also
+  meet a vector for every distance. more: what it declares besides its four projections.
   """
 
   heads: int
@@ -69,13 +69,21 @@ class Dense(NamedTuple):
 
 
 class Kind(NamedTuple):
-  """Blocks that are alike, and how many there are. norm: vectors of `embed` entries in one norm, 1 or 2."""
+  """Blocks that are alike, and how many there are.
+
+  ffn: None without. norm: vectors of `embed` entries in one norm, 1 or 2.
+  """
 
   repeats: int
   mixers: tuple[Attention | Declared, ...]
-  ffn: Dense | Declared
+  ffn: Dense | Declared | None
   residual: str
   norm: int
+
+  @property
+  def sublayers(self) -> int:
+    """Additions to the residual stream per block."""
+    return len(self.mixers) + (self.ffn is not None)
 
 
 class Card(NamedTuple):
@@ -194,10 +202,10 @@ def _kinds(part: Any, boxes: Any, embed: int) -> tuple[Kind, ...]:
 
 def _kind(block: Any, boxes: Any, repeats: int, embed: int) -> Kind:
   mixers = tuple(_mixer(make(), boxes.get(name, {}), embed) for name, make in block.mixers)
-  feed = block.ffn()
+  feed = block.ffn and block.ffn()
   if type(feed) in (ffn.MLP, ffn.Gated):
     feed = Dense(feed.hidden, isinstance(feed, ffn.Gated), feed.bias)
-  else:
+  elif feed is not None:
     feed = _declared(feed, boxes.get('ffn', {}))
   residual = getattr(block.residual, 'func', block.residual).__name__
   return Kind(repeats, mixers, feed, residual, _vectors(block.norm()))
@@ -206,13 +214,14 @@ def _kind(block: Any, boxes: Any, repeats: int, embed: int) -> Kind:
 def _mixer(module: Any, boxes: Any, embed: int) -> Attention | Declared:
   if not isinstance(module, attention.SelfAttention | attention.CrossAttention):
     return _declared(module, boxes)
+  window = getattr(module, 'window', None)
   return Attention(
     heads=module.heads,
     groups=module.groups or module.heads,
     head_dim=module.head_dim or embed // module.heads,
     bias=module.bias,
     out_bias=module.bias if module.out_bias is None else module.out_bias,
-    window=getattr(module, 'window', None),
+    window=None if window is None else window + getattr(module, 'sinks', 0),
     cross=isinstance(module, attention.CrossAttention),
     relative=getattr(module, 'relative', None) is not None,
     more=_declared(module, {n: box for n, box in boxes.items() if n not in _COVERED}),

@@ -35,9 +35,7 @@ def active(card: Card) -> dict[str, int]:
 def _parameters(card: Card, active: bool) -> dict[str, int]:
   d, kinds = card.embed, (*card.decoder, *card.encoder)
   mixers = [(kind.repeats, mixer) for kind in kinds for mixer in kind.mixers]
-  norms = sum(
-    kind.repeats * kind.norm * NORMS[kind.residual](len(kind.mixers) + 1) for kind in kinds
-  )
+  norms = sum(kind.repeats * kind.norm * NORMS[kind.residual](kind.sublayers) for kind in kinds)
   stacks = 1 + bool(card.encoder)
   norms += stacks * (card.final_norm + card.stem_norm) + card.embedding_norm
   width, project = card.rank or d, (card.rank or 0) * d
@@ -52,7 +50,7 @@ def _parameters(card: Card, active: bool) -> dict[str, int]:
     positions=tables * card.length * d if 'Learned' in card.positions.split('+') else 0,
     attention=sum(n * sized(m) for n, m in mixers if isinstance(m, Attention)),
     mixer=sum(n * sized(m) for n, m in mixers if isinstance(m, Declared)),
-    ffn=sum(kind.repeats * sized(kind.ffn) for kind in kinds),
+    ffn=sum(kind.repeats * sized(kind.ffn) for kind in kinds if kind.ffn is not None),
     norm=norms * d,
     buckets=card.buckets * sum(_heads(stack) for stack in (card.decoder, card.encoder)),
     head=project if card.tied else card.rows * (d + card.head_bias),
@@ -144,7 +142,7 @@ def forward_flops(
     for kind in kinds:
       if isinstance(kind.ffn, Declared):
         found['ffn'] += kind.repeats * _declared_flops(kind.ffn, tokens, d)
-      else:
+      elif kind.ffn is not None:
         found['ffn'] += kind.repeats * 2 * weights(kind.ffn, d)[0] * tokens
   return found
 
@@ -195,8 +193,8 @@ def kv_bytes(card: Card, *, width: int = 2) -> int:
 def context_bytes(card: Card, length: int, encoder_length: int = 0, *, width: int = 2) -> int:
   """Bytes that the decoder keeps of one sequence of `length` tokens: what decoding needs besides the weights.
 
-  Keys and values of every token (of the last `window`), the state of layers without them, and the keys and values of
-  the encoder's tokens.
+  Keys and values of every token, of a layer with a window those it still looks at (a cache of all slots takes more),
+  the state of layers without them, and the keys and values of the encoder's tokens.
   """
   found = 0
   for kind in card.decoder:

@@ -18,6 +18,7 @@ from llm_jax.model import (
   ffn,
   heads,
   init,
+  masks,
   norms,
   param,
   positions,
@@ -368,27 +369,29 @@ def test_what_decoding_keeps_of_unequal_blocks():
     assert count.context_bytes(card, length) == want
 
 
-def windowed(card, window):
-  """The card of the same model, its attentions seeing that many keys."""
-  kinds = (
-    kind._replace(mixers=tuple(m._replace(window=window) for m in kind.mixers))
-    for kind in card.decoder
-  )
-  return card._replace(decoder=tuple(kinds))
-
-
-@pytest.mark.parametrize('window', [1, 3, 16, 17, None])
-def test_a_window_limits_products_and_keys(window):
-  length, card = 16, windowed(llama(2, 64, 4, 96, 2, vocab=8).card, window)
-  near = min(window or length, length)
-  pairs = sum(1 for i in range(length) for j in range(i + 1) if i - j < near)
+@pytest.mark.parametrize(('window', 'sinks'), [(1, 0), (3, 0), (16, 0), (17, 0), (None, 0), (5, 2)])
+def test_a_window_limits_products_and_keys(window, sinks):
+  mixer = part(attention.SelfAttention, heads=4, window=window, sinks=sinks)
+  made = part(block.decoder, mixer=mixer, ffn=part(ffn.MLP, hidden=96))
+  card = transformer.causal(vocab=8, embed=64, layers=2, block=made).card
+  length = 16
+  seen = masks.Mask(causal=True, window=window, sinks=sinks).dense(length, length)
+  near = min(window + sinks if window else length, length)
   # the diagonal is a full product: half of the square is half a pair per token less than that
   products = count.forward_flops(card, length)['scores'] / (2 * 4 * 64)
-  assert products == pairs - near / 2
+  assert products == seen.sum() - near / 2
   assert count.forward_flops(card, length, seen=1.0)['scores'] == 2 * 4 * 64 * length * near
   each = count.kv_bytes(card)
-  assert count.context_bytes(card, length) == each * near
+  assert count.context_bytes(card, length) == each * seen.sum(-1).max()
   assert count.context_bytes(card, 2) == each * min(2, near)
+
+
+def test_norms_of_queries_and_keys():
+  mixer = part(attention.SelfAttention, heads=4, qk_norm=norms.RMSNorm)
+  made = part(block.decoder, mixer=mixer, ffn=part(ffn.MLP, hidden=24))
+  model = transformer.causal(vocab=8, embed=32, layers=3, block=made)
+  assert count.parameters(model.card)['attention'] == 3 * (4 * 32 * 32 + 2 * 8)
+  assert count.total(model.card) == in_the_tree(model)
 
 
 def test_what_cross_attention_keeps():

@@ -28,10 +28,8 @@ from llm_jax.model import count, presets
 REFERENCE = pathlib.Path(__file__).resolve().parents[1] / 'interop/reference'
 # Parts that are not there yet, by what asking for them says.
 WAITING = {
-  'mistral_7b': "SelfAttention takes no argument 'window'",
   'mixtral_8x7b': "no module 'llm_jax.model.moe'",
   'glam_64b_64e': "no module 'llm_jax.model.moe'",
-  'glm_130b': "has no 'deepnorm'",
   **{
     name: "has no 'TransformerXL'"
     for name in presets.ROWS
@@ -158,7 +156,7 @@ def test_but_for_sizes_it_is_what_is_read_from_hugging_face(name):
 TINY = dict(vocab=32, embed=32, layers=2, heads=4, head_dim=8, hidden=48, length=8)
 FAMILIES = (
   'gpt1 gpt2 opt_125m bloom_560m pythia_70m gptj_6b falcon_7b falcon_40b galactica_120b bert_base '
-  't5_small t5_v1.1_small ul2_20b palm_8b lamda_137b alphacode_41b alexatm_20b'
+  't5_small t5_v1.1_small ul2_20b palm_8b lamda_137b mistral_7b glm_130b alphacode_41b alexatm_20b'
 ).split()
 
 

@@ -218,6 +218,8 @@ CARDS = {
       kind='prefix',
       norm=dict(fn='norms:LayerNorm'),
       residual=dict(fn='norms:deepnorm', alpha=(2 * 70) ** 0.5),
+      final_norm=False,
+      init=dict(fn='init:deepnorm', beta=(2 * 70) ** -0.5),
       rotate='positions:rope_interleaved',
       gated=True,
       activation='ffn:gelu',

@@ -79,7 +79,9 @@ CARDS = {
     'Jiang et al. 2023, arXiv:2310.06825, table 1',
     '7.24B',
     7_241_732_096,
-    dict(LLAMA2, **sizes(32, 32, 4096, 14336, 8), window=4096, length=8192),
+    dict(
+      LLAMA2, **sizes(32, 32, 4096, 14336, 8), window=4096, kernel='kernels:banded', length=8192
+    ),
     HUGGINGFACE,
   ),
   'mixtral_8x7b': Row(
