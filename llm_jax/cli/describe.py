@@ -157,7 +157,7 @@ def _list() -> str:
   lines = [head]
   for name, row in presets.ROWS.items():
     sheet = row.sheet
-    encoder = sheet.get('encoder_layers')
+    encoder, heads = sheet.get('encoder_layers'), sheet.get('heads', '')
     groups = sheet.get('groups')
     lines.append((
       name,
@@ -165,7 +165,7 @@ def _list() -> str:
       f'{row.active_figure:,}' if row.active_figure else '',
       f'{encoder}+{sheet["layers"]}' if encoder else sheet['layers'],
       f'{sheet["embed"]:,}',
-      f'{sheet["heads"]}/{groups}' if groups and groups != sheet['heads'] else sheet['heads'],
+      f'{heads}/{groups}' if groups and groups != heads else heads,
       f'{sheet["length"]:,}',
       row.paper,
     ))  # fmt: skip

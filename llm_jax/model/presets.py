@@ -11,10 +11,15 @@ from typing import Any
 
 from llm_jax.core.config import ConfigDict, load, use
 from llm_jax.core.errors import UserError, nearest
-from llm_jax.model.published import google, gpt, llama
+from llm_jax.model.published import google, gpt, llama, recurrent
 from llm_jax.model.published.row import Row
 
-ROWS: dict[str, Row] = {**gpt.CARDS, **llama.CARDS, **google.CARDS}
+ROWS: dict[str, Row] = {
+  **gpt.CARDS,
+  **llama.CARDS,
+  **google.CARDS,
+  **recurrent.CARDS,
+}
 
 
 def row(name: str) -> Row:
@@ -26,7 +31,8 @@ def row(name: str) -> Row:
 
 def config(name: str, **changes: Any) -> ConfigDict:
   """The call that builds the published model `name`, with `changes` to what `assemble` is given."""
-  return assemble(**{**row(name).sheet, **changes})
+  sheet = {**row(name).sheet, **changes}
+  return without_attention(**sheet) if 'mixer' in sheet else assemble(**sheet)
 
 
 def assemble(
@@ -103,6 +109,38 @@ def assemble(
     norm=part(norm) if final_norm else None,
     positions=part(positions),
     bias=part(bias),
+    embedding=part(embedding),
+    head=part(head),
+    init=part(init),
+    **builder,
+  )
+
+
+def without_attention(
+  *,
+  vocab: int,
+  embed: int,
+  layers: int,
+  mixer: Any,
+  channel: Any = None,
+  length: int | None = None,
+  norm: Any = 'norms:RMSNorm',
+  embedding: Any = 'heads:Embedding',
+  head: Any = 'heads:Tied',
+  init: Any = 'init:gpt2',
+  **builder: Any,
+) -> ConfigDict:
+  """A `use(transformer.causal, ...)` of blocks of one mixer, or of two where RWKV's `channel` takes the place of the
+  feed-forward; parts and `builder` as in `assemble`."""
+  mixers = dict(mixer=part(mixer), channel=part(channel))
+  return use(
+    load('llm_jax.model.transformer:causal'),
+    vocab=vocab,
+    embed=embed,
+    layers=layers,
+    block=use(load('llm_jax.model.block:mixers'), **mixers, norm=part(norm)),
+    length=length,
+    norm=part(norm),
     embedding=part(embedding),
     head=part(head),
     init=part(init),

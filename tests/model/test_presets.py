@@ -31,9 +31,15 @@ WAITING = {
   'mixtral_8x7b': "no module 'llm_jax.model.moe'",
   'glam_64b_64e': "no module 'llm_jax.model.moe'",
   **{
-    name: "has no 'TransformerXL'"
+    name: message
     for name in presets.ROWS
-    if name.startswith(('gopher', 'chinchilla'))
+    for stem, message in (
+      ('gopher', "has no 'TransformerXL'"),
+      ('chinchilla', "has no 'TransformerXL'"),
+      ('rwkv', "no module 'llm_jax.model.recurrent'"),
+      ('mamba', "no module 'llm_jax.model.recurrent'"),
+    )
+    if name.startswith(stem)
   },
 }
 THERE = [name for name in presets.ROWS if name not in WAITING]
