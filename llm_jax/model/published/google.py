@@ -53,7 +53,7 @@ def both(layers: int, heads: int, embed: int, hidden: int) -> dict:
 
 
 _T5 = 'Raffel et al. 2020, arXiv:1910.10683, section 3.7'
-_FLAN = 'Chung et al. 2022, arXiv:2210.11416, table 2 (Flan-T5)'
+_FLAN = 'Chung et al. 2022, arXiv:2210.11416 (Flan-T5)'
 _MT5 = 'Xue et al. 2021, arXiv:2010.11934, table 1'
 _PALM = 'Chowdhery et al. 2022, arXiv:2204.02311, table 1'
 _GOPHER = 'Rae et al. 2021, arXiv:2112.11446, table 1'
@@ -108,7 +108,7 @@ CARDS = {
     )
   },
   'ul2_20b': Row(
-    'Tay et al. 2022, arXiv:2205.05131, section 5',
+    'Tay et al. 2022, arXiv:2205.05131',
     '20B',
     19_459_613_696,
     dict(
@@ -210,7 +210,7 @@ CARDS = {
     note='the paper names neither norm, positions nor activation: 41.1B closes with a gated feed-forward of 4 d',
   ),
   'glm_130b': Row(
-    'Zeng et al. 2022, arXiv:2210.02414, table 11',
+    'Zeng et al. 2022, arXiv:2210.02414',
     '130B',
     128_697_769_984,
     dict(
@@ -232,7 +232,7 @@ CARDS = {
     note='with a tied head; an untied one makes 130.5B. The vocabulary of 150,000 is padded to 150,528',
   ),
   'alexatm_20b': Row(
-    'Soltan et al. 2022, arXiv:2208.01448, table 1',
+    'Soltan et al. 2022, arXiv:2208.01448',
     '19.75B',
     18_474_508_288,
     dict(
@@ -254,7 +254,7 @@ CARDS = {
     ),
   ),
   'ernie3_titan_260b': Row(
-    'Wang et al. 2021, arXiv:2112.12731, section 4',
+    'Wang et al. 2021, arXiv:2112.12731',
     '260B',
     261_431_820_288,
     dict(

@@ -59,7 +59,7 @@ _GPT3 = 'Brown et al. 2020, arXiv:2005.14165, table 2.1'
 _OPT = 'Zhang et al. 2022, arXiv:2205.01068, table 1'
 _BLOOM = 'Le Scao et al. 2022, arXiv:2211.05100, table 3'
 _PYTHIA = 'Biderman et al. 2023, arXiv:2304.01373, table 1'
-_FALCON = 'Almazrouei et al. 2023, arXiv:2311.16867, table 11'
+_FALCON = 'Almazrouei et al. 2023, arXiv:2311.16867'
 
 _XL = 'the paper prints 24 heads of 128 for 2,048 channels: its own total closes with 16'
 _13B = 'the paper prints 5,140 channels for 40 heads of 128: they are 5,120, which makes 12.9B of its 13.0B'
@@ -164,7 +164,7 @@ CARDS = {
     HUGGINGFACE,
   ),
   'codegen_16b': Row(
-    'Nijkamp et al. 2022, arXiv:2203.13474, table 1',
+    'Nijkamp et al. 2022, arXiv:2203.13474',
     '16.1B',
     16_032_155_648,
     dict(GPTJ, **sizes(34, 24, 6144), rotate=rotated(256), vocab=51_200, length=2048),
@@ -172,7 +172,7 @@ CARDS = {
     note='the survey has both 11B and 16B; the released model has 16.0B',
   ),
   'starcoder': Row(
-    'Li et al. 2023, arXiv:2305.06161, table 5',
+    'Li et al. 2023, arXiv:2305.06161',
     '15.5B',
     15_517_456_384,
     dict(GPT, **sizes(40, 48, 6144), groups=1, vocab=49_152, length=8192),

@@ -17,8 +17,8 @@ MAMBA = dict(norm=NORM, mixer='recurrent.mamba:Mamba', vocab=50_280, length=2048
 MAMBA2 = dict(norm=NORM, mixer='recurrent.mamba2:Mamba2', vocab=50_288, length=2048)
 
 _RWKV = 'Peng et al. 2023, arXiv:2305.13048, table 2'
-_MAMBA = 'Gu & Dao 2023, arXiv:2312.00752, table 12'
-_MAMBA2 = 'Dao & Gu 2024, arXiv:2405.21060, table 9'
+_MAMBA = 'Gu & Dao 2023, arXiv:2312.00752'
+_MAMBA2 = 'Dao & Gu 2024, arXiv:2405.21060'
 CARDS = {
   **{
     f'rwkv4_{name}': Row(
