@@ -96,6 +96,8 @@ class SelfAttention(nn.Module):
 
   heads: of the queries. groups: of keys and values, None = heads. head_dim: None = embed / heads. bias: on all four
   projections; out_bias: where the last one differs. rotate: a rotation of queries and keys by their positions, or None.
+  relative: a module that makes the logits depend on distances, instead of `rotate` (see model/positions.py): (q, k,
+  positions, mask, embed, scale) -> (q, k, bias of the logits), with `k` as the state keeps it.
   scale: of the logits, None = 1/sqrt(head_dim). cap: soft cap of the logits. dropout: on the probabilities.
   """
 
@@ -105,6 +107,7 @@ class SelfAttention(nn.Module):
   bias: bool = False
   out_bias: bool | None = None
   rotate: Callable | None = positions.rope
+  relative: Callable | None = None
   kernel: Callable = kernels.reference
   scale: float | None = None
   cap: float | None = None
@@ -119,11 +122,23 @@ class SelfAttention(nn.Module):
     k = _project(self, 'key', x, 'g', (groups, head_dim))
     v = _project(self, 'value', x, 'g', (groups, head_dim))
     if self.rotate is not None:
-      q, k = self.rotate(q, ctx.positions), self.rotate(k, ctx.positions)
+      q, k = self.rotate(q, k, ctx.positions)
     if state is not None:
       state = write(state, dict(k=k, v=v), ctx.positions)
       k, v = (state[name].astype(q.dtype) for name in ('k', 'v'))
-    return _output(self, _attend(self, q, k, v, ctx.mask, ctx, ctx.bias), x.shape[-1]), state
+    q, k, bias = self._distances(q, k, ctx, x.shape[-1])
+    return _output(self, _attend(self, q, k, v, ctx.mask, ctx, bias), x.shape[-1]), state
+
+  @nn.nowrap
+  def _distances(self, q: jax.Array, k: jax.Array, ctx: Context, embed: int) -> tuple:
+    """(q, k, bias of the logits) after `relative`."""
+    if self.relative is None:
+      return q, k, ctx.bias
+    if self.rotate is not None or self.cap is not None:
+      raise UserError('SelfAttention(relative=...) has neither a rotation nor a cap: set rotate=None, cap=None')
+    scale = q.shape[-1] ** -0.5 if self.scale is None else self.scale
+    q, k, bias = self.relative(name='relative')(q, k, ctx.positions, ctx.mask, embed, scale)
+    return q, k, bias if ctx.bias is None else bias + ctx.bias
 
   @nn.nowrap
   def initial(self, batch: int, length: int, embed: int, dtype: Any) -> State:

@@ -52,7 +52,8 @@ def describe(ends: Any, decoder: Any, encoder: Any | None) -> Card:
   count = lambda part: sum(s.repeats * len(s.blocks) for s in part.segments) if part else 0
   bias, out_bias = bool(getattr(mixer, 'bias', False)), getattr(mixer, 'out_bias', None)
   query_heads = getattr(mixer, 'heads', None)
-  named = [getattr(mixer, 'rotate', None), decoder.bias, ends.positions]
+  own = [getattr(mixer, name, None) for name in ('rotate', 'relative')]
+  named = [*own, decoder.bias, ends.positions]
   where = [getattr(p, 'func', p) for p in named if p is not None]
   names = [p.__name__ if hasattr(p, '__name__') else type(p).__name__ for p in where]
   return Card(
