@@ -13,6 +13,7 @@ from llm_jax.core.errors import UserError
 from llm_jax.model import (
   attention,
   block,
+  extension,
   ffn,
   heads,
   init,
@@ -47,6 +48,9 @@ VARIANTS = dict(
   alibi=dict(mixer=dict(rotate=None), bias=positions.Alibi, blocks=dict(residual=norms.parallel)),
   buckets=dict(mixer=dict(rotate=None), bias=P(positions.Buckets, buckets=8, distance=10)),
   loop=dict(runner=stack.loop, vocab_multiple=64),
+  xpos=dict(mixer=dict(rotate=P(positions.xpos, unit=8.0))),
+  transformer_xl=dict(mixer=dict(rotate=None, relative=positions.TransformerXL)),
+  rerope=dict(mixer=dict(rotate=None, groups=2, relative=P(extension.ReRoPE, window=3, slope=0.5))),
 )
 every = pytest.mark.parametrize('name', VARIANTS)
 
@@ -113,7 +117,9 @@ def decode(model, params, ids, chunks, batch=None):
   return jnp.concatenate(out, 1)
 
 
-@pytest.mark.parametrize('name', ['rope', 'learned', 'buckets'])
+@pytest.mark.parametrize(
+  'name', ['rope', 'learned', 'buckets', 'xpos', 'transformer_xl', 'rerope']
+)
 def test_with_a_state_is_without(tiny, ids, model, name):
   params = tiny.large(model)
   full = tiny.forward(model)(params, dict(inputs=ids))
