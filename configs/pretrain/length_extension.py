@@ -32,4 +32,5 @@ def get_config(text=None):
   c.model.block.mixer.rotate = METHODS[arg.method]
   c.init.init_from = arg.start
   c.optimizer.schedule.schedule.peak = 0.01
+  c.hooks.heldout.every = c.hooks.plot.every = c.steps
   return c
