@@ -1,8 +1,8 @@
 r"""Two stages of length: a decoder trained on 64 tokens, then taken to 256 by its positions and a few steps.
 
-  llm-jax train --config=configs/pretrain/length_extension.py:short --workdir=runs/short
-  llm-jax train --config=configs/pretrain/length_extension.py:long --workdir=runs/long
-  llm-jax train --config=configs/pretrain/length_extension.py:long,method=none --workdir=runs/none
+llm-jax train --config=configs/pretrain/length_extension.py:short --workdir=runs/short
+llm-jax train --config=configs/pretrain/length_extension.py:long --workdir=runs/long
+llm-jax train --config=configs/pretrain/length_extension.py:long,method=none --workdir=runs/none
 """
 
 from configs import quickstart

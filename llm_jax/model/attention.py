@@ -135,7 +135,9 @@ class SelfAttention(nn.Module):
     if self.relative is None:
       return q, k, ctx.bias
     if self.rotate is not None or self.cap is not None:
-      raise UserError('SelfAttention(relative=...) has neither a rotation nor a cap: set rotate=None, cap=None')
+      raise UserError(
+        'SelfAttention(relative=...) has neither a rotation nor a cap: set rotate=None, cap=None'
+      )
     scale = q.shape[-1] ** -0.5 if self.scale is None else self.scale
     q, k, bias = self.relative(name='relative')(q, k, ctx.positions, ctx.mask, embed, scale)
     return q, k, bias if ctx.bias is None else bias + ctx.bias

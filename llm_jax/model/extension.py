@@ -5,9 +5,9 @@ Most methods rescale the frequencies theta_i = base^(-2i/n) and are told to a ro
 
     scaling(theta f64 [n/2], length int [batch or 1, 1, 1]) -> (theta', factor of the rotated queries and keys)
 
-with `length` the largest position of the row plus one, which only `dynamic_ntk` and `longrope` look at. A larger `base` is
-an argument of the rotation itself. `ReRoPE` bounds the distances instead. Survey of the methods: Zhao et al. 2023,
-arXiv:2303.18223, section 5.1.4; Peng et al. 2023, arXiv:2309.00071.
+with `length` the largest position of the row plus one, which only `dynamic_ntk` and `longrope` look at. A larger `base`
+is an argument of the rotation itself. `ReRoPE` bounds the distances instead. The methods are those of the survey's
+section 5.1.4 (Zhao et al. 2023, arXiv:2303.18223).
 """
 
 import math
@@ -33,8 +33,10 @@ def interpolation(theta: np.ndarray, length: jax.Array, *, factor: float) -> Sca
 
 
 def ntk(theta: np.ndarray, length: jax.Array, *, factor: float) -> Scaled:
-  """The base times factor^(n/(n-2)): the slowest pair is interpolated by `factor`, the fastest stays (NTK-aware scaling;
-  Peng et al. 2023, arXiv:2309.00071, definition 1)."""
+  """The base times factor^(n/(n-2)): the slowest pair is interpolated by `factor`, the fastest stays.
+
+  NTK-aware scaling (Peng et al. 2023, arXiv:2309.00071, section 3.1).
+  """
   del length
   return theta * factor ** -_index(theta), 1.0
 
@@ -54,8 +56,9 @@ def dynamic_ntk(
 def truncation(
   theta: np.ndarray, length: jax.Array, *, high: float, low: float, constant: float
 ) -> Scaled:
-  """Basis truncation: theta from `high` on stays, up to `low` becomes 0, between them `constant` (Giraffe; Pal et al. 2023,
-  arXiv:2308.10882, section 3.3). In radians per position; to be trained with.
+  """Basis truncation: theta from `high` on stays, up to `low` becomes 0, between them `constant`.
+
+  In radians per position; to be trained with (Giraffe; Pal et al. 2023, arXiv:2308.10882).
   """
   del length
   if not low < high:
@@ -72,9 +75,12 @@ def llama3(
   low: float = 1.0,
   high: float = 4.0,
 ) -> Scaled:
-  """NTK by parts, of LLaMA 3.1: pairs that turn more than `high` times in the original length stay, those below `low` turns
-  are interpolated, between them the two are mixed linearly in the number of turns (arXiv:2309.00071, section 3.2;
-  Grattafiori et al. 2024, arXiv:2407.21783, has the defaults in its code)."""
+  """NTK by parts, of LLaMA 3.1: the pairs that turn often stay, the slow ones are interpolated.
+
+  Often is more than `high` times in the original length, slow less than `low` times; between them the two are mixed
+  linearly in the number of turns (Peng et al. 2023, arXiv:2309.00071, section 3.2; the defaults are those of LLaMA 3.1,
+  Grattafiori et al. 2024, arXiv:2407.21783).
+  """
   del length
   turns = original_length * theta / (2 * math.pi)
   kept = np.clip((turns - low) / (high - low), 0.0, 1.0)
@@ -94,9 +100,9 @@ def yarn(
   """NTK by parts and a temperature: queries and keys are multiplied by 0.1 ln(factor) + 1 (Peng et al. 2023,
   arXiv:2309.00071, section 3.4).
 
-  Pairs that turn more than `fast` times in the original length stay, those below `slow` turns are interpolated. Between them
-  the paper mixes linearly in the number of turns, its code and transformers linearly in the number of the pair; so does
-  this. attention: another multiplier.
+  Pairs that turn more than `fast` times in the original length stay, those below `slow` turns are interpolated. Between
+  them the paper mixes linearly in the number of turns, its code and transformers linearly in the number of the pair; so
+  does this. attention: another multiplier.
   """
   del length
   if len(theta) < 2:
@@ -119,8 +125,10 @@ def longrope(
   original_length: int,
   attention: float | None = None,
 ) -> Scaled:
-  """Each theta_i over its own number, found by search: `short` up to the original length, `long` beyond it (LongRoPE; Ding et
-  al. 2024, arXiv:2402.13753). Queries and keys are multiplied by sqrt(1 + ln(factor) / ln(original_length)), or `attention`.
+  """Each theta_i over its own number, found by search: `short` up to the original length, `long` beyond it.
+
+  Queries and keys are multiplied by sqrt(1 + ln(factor) / ln(original_length)), or by `attention` (LongRoPE; Ding et
+  al. 2024, arXiv:2402.13753).
   """
   if not len(short) == len(long) == len(theta):
     raise UserError(
@@ -144,9 +152,9 @@ class ReRoPE(nn.Module):
       d -> d                             d <= window
       d -> window + slope (d - window)   d > window
 
-  for `SelfAttention(rotate=None, relative=partial(ReRoPE, window=...))`. No training is needed when `window` is within the
-  trained length. The far distances need rotations of their own, so the logits are computed twice. rotate: the rotation of
-  training. Causal: keys after the query keep their distance.
+  for `SelfAttention(rotate=None, relative=partial(ReRoPE, window=...))`. No training is needed when `window` is within
+  the trained length. The far distances need rotations of their own, so the logits are computed twice. rotate: the
+  rotation of training. Keys after the query keep their distance.
   """
 
   window: int

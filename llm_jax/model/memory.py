@@ -25,7 +25,7 @@ from llm_jax.model.masks import Mask
 
 
 class Gate(nn.Module):
-  """g = sigmoid(b), a trained b per head, 0 at first (arXiv:2203.08913, section 3.2)."""
+  """g = sigmoid(b), a trained b per head, 0 at first (arXiv:2203.08913, section 3)."""
 
   @nn.compact
   def __call__(self, local: jax.Array, memory: jax.Array) -> jax.Array:
@@ -35,7 +35,7 @@ class Gate(nn.Module):
 
 
 class Joint(nn.Module):
-  """One softmax over local and retrieved keys together (arXiv:2307.03170, section 3.1): no parameters."""
+  """One softmax over local and retrieved keys together (arXiv:2307.03170, section 3): no parameters."""
 
   def __call__(self, local: jax.Array, memory: jax.Array) -> jax.Array:
     """local, memory: log sum exp of the logits, [batch, heads, t]. Returns g of that shape."""
@@ -46,13 +46,13 @@ class MemoryAttention(nn.Module):
   """Causal attention to a local window and, by nearest-neighbour search, to a memory of what came before it.
 
   heads, groups, head_dim, bias, out_bias, rotate, scale: as in `SelfAttention`; rotate is for the local keys. window:
-  keys seen locally. capacity: keys in the memory, the oldest are dropped. top: keys read from it per query and head. mix:
-  `Gate` or `Joint`.
+  keys seen locally. capacity: keys in the memory, the oldest are dropped. top: keys read from it per query and head.
+  mix: `Gate` or `Joint`.
 
-  The state is a ring of the last `window + capacity` keys and values with their positions, so its size does not depend on
-  the length. A call may bring any number of tokens: a document fed in segments, each with the state the last one left, is
-  the document fed at once, but for the gradient, which stays inside a segment. A position 0 begins a new document, whose
-  memory is empty.
+  The state is a ring of the last `window + capacity` keys and values with their positions, so its size does not depend
+  on the length. A call may bring any number of tokens: a document fed in segments, each with the state that the one
+  before left, gives what the document gives at once; only the gradient stays inside a segment. A position 0 begins a
+  new document, whose memory is empty.
   """
 
   heads: int
@@ -73,7 +73,9 @@ class MemoryAttention(nn.Module):
   ) -> tuple[jax.Array, State | None]:
     if ctx.bias is not None or (state is not None and ctx.mask.prefix is not None):
       what = 'bias on the logits' if ctx.bias is not None else 'prefix in its state'
-      raise UserError(f'MemoryAttention has no {what}: its positions are a rotation, its decoders causal')
+      raise UserError(
+        f'MemoryAttention has no {what}: its positions are a rotation, its decoders causal'
+      )
     heads, groups, head_dim = attention._sizes(self, x.shape[-1])
     q = attention._project(self, 'query', x, 'h', (heads, head_dim))
     k = attention._project(self, 'key', x, 'g', (groups, head_dim))
@@ -91,8 +93,8 @@ class MemoryAttention(nn.Module):
   def _read(
     self, q: jax.Array, k: jax.Array, v: jax.Array, seen: Any, where: jax.Array, at: jax.Array
   ) -> jax.Array:
-    """q: [b, t, h, k]; k, v: [b, s, g, k]; seen: bool [b or 1, 1, t, s] or None; where, at: the positions of queries and
-    keys. Returns f32 [b, t, h, k]."""
+    """q: [b, t, h, k]; k, v: [b, s, g, k]; seen: bool [b or 1, 1, t, s] or None; where, at: the positions of queries
+    and keys. Returns f32 [b, t, h, k]."""
     scale = q.shape[-1] ** -0.5 if self.scale is None else self.scale
     k, v = (jnp.repeat(y, q.shape[2] // y.shape[2], axis=2) for y in (k, v))
     distance = (where[:, :, None] - at[:, None, :])[:, None]
@@ -128,8 +130,8 @@ def _products(q: jax.Array, k: jax.Array) -> jax.Array:
 
 
 def _behind(state: State, where: jax.Array, k: jax.Array, v: jax.Array) -> tuple:
-  """(seen, positions, keys, values) of the ring followed by the call's own. Of the ring, what lies before the call: what
-  padding or another document left in it has a later position."""
+  """(seen, positions, keys, values) of the ring followed by the call's own. Of the ring, what lies before the call is
+  seen: what padding or another document left in it has a later position."""
   ring = jax.lax.stop_gradient(state)
   before = (ring['at'] >= 0) & (ring['at'] < where[:, :1])
   own = Mask(True).dense(where.shape[1], where.shape[1])[:, 0]

@@ -174,7 +174,7 @@ def xpos(
   unit: float = 512.0,
 ) -> tuple[jax.Array, jax.Array]:
   """`rope` whose products decay with the distance: pair i of a query at m is multiplied by zeta_i^(m/unit), of a key
-  at n by zeta_i^(-n/unit), with zeta_i = (2i/n + gamma) / (1 + gamma) (Sun et al. 2022, arXiv:2212.10554, section 3.2).
+  at n by zeta_i^(-n/unit), with zeta_i = (2i/n + gamma) / (1 + gamma) (Sun et al. 2022, arXiv:2212.10554).
 
   Only m - n matters to the logits, but the factors themselves leave the range of f32 beyond some 60 units.
   """
@@ -276,7 +276,7 @@ class TransformerXL(nn.Module):
   def __call__(
     self, q: jax.Array, k: jax.Array, positions: jax.Array, mask: Mask, embed: int, scale: float
   ) -> tuple[jax.Array, jax.Array, jax.Array]:
-    """q: [batch, t, heads, head_dim], k: [batch, s, groups, head_dim]. Returns q + u, k and f32 [batch, heads, t, s]."""
+    """q: [batch, t, heads, head_dim], k: [batch, s, groups, head_dim]. Returns q + u, k, f32 [batch, heads, t, s]."""
     del positions
     shape, axes, s = q.shape[2:], ('heads', 'head_dim'), k.shape[1]
     w = param.weight(self, 'key', (embed, *shape), ('embed', *axes), 'key')
@@ -285,9 +285,7 @@ class TransformerXL(nn.Module):
     # from the farthest key before a query to itself, or to the farthest after it
     distances = jnp.arange(s - 1, -1 if mask.causal and mask.prefix is None else -s, -1)
     r = weights.einsum('td,dhk->thk', sinusoids(distances, embed, self.base).astype(q.dtype), w)
-    y = jnp.einsum(
-      'bthk,shk->bhts', weights.add(q, v, 'hk'), r, preferred_element_type=jnp.float32
-    )
+    y = jnp.einsum('bthk,shk->bhts', weights.add(q, v, 'hk'), r, preferred_element_type=jnp.float32)
     if mask.queries is None:
       y = _shift(y)
     else:
@@ -304,5 +302,5 @@ def _shift(y: jax.Array) -> jax.Array:
 
 
 def of_keys(positions: jax.Array, mask: Mask, count: int) -> jax.Array:
-  """The positions [batch or 1, count] of the keys of a self-attention: those of the queries, or the slots of its state."""
+  """The positions [batch or 1, count] of a self-attention's keys: those of the queries, or the slots of its state."""
   return positions if mask.queries is None else jnp.arange(count)[None]

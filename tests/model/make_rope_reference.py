@@ -1,6 +1,6 @@
 """The frequencies of rescaled rotary positions as transformers computes them, stored in `rope.json`.
 
-  python -m tests.model.make_rope_reference      # needs the extra `parity`
+python -m tests.model.make_rope_reference      # needs the extra `parity`
 """
 
 import json

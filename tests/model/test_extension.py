@@ -72,7 +72,10 @@ def test_ntk_is_a_larger_base():
 
 def test_dynamic_ntk_looks_at_each_row():
   """A row within the trained length is not changed by a longer one beside it."""
-  x, where = jnp.float32(RNG.normal(size=(2, 9, 1, 8))), jnp.stack([jnp.arange(9), jnp.arange(9) * 2])
+  x, where = (
+    jnp.float32(RNG.normal(size=(2, 9, 1, 8))),
+    jnp.stack([jnp.arange(9), jnp.arange(9) * 2]),
+  )
   grown = P(extension.dynamic_ntk, factor=2.0, original_length=9)
   y, _ = positions.rope(x, x, where, scaling=grown)
   np.testing.assert_array_equal(y[0], positions.rope(x, x, where)[0][0])

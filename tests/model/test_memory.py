@@ -40,7 +40,7 @@ def by_hand(x, window, capacity, top, mix):
     for i in range(len(x)):
       near = [j for j in range(i + 1) if i - j < window]
       far = [j for j in range(i + 1) if window <= i - j < window + capacity]
-      far = sorted(far, key=lambda j: -(q[i, h] @ k[j, g]))[:top]  # noqa: B023
+      far = sorted(far, key=lambda j: -(q[i, h] @ k[j, g]))[:top]
       a = [rotated(q[i, h], i) @ rotated(k[j, g], j) / math.sqrt(SIZE) for j in near]
       b = [q[i, h] @ k[j, g] / math.sqrt(SIZE) for j in far]
       local, total = np.exp(a) @ v[near, g] / np.exp(a).sum(), np.exp(a).sum()
@@ -85,13 +85,17 @@ def stepper(module, variables):
 PLAIN = attention.Context(Mask(True), jnp.arange(X.shape[1])[None])
 
 
+def apply(module, variables, x, ctx=PLAIN):
+  """The output without a state, compiled: one operation after the other costs more than the test."""
+  return jax.jit(lambda x: module.apply(variables, x, ctx)[0])(x)
+
+
 @pytest.mark.parametrize('mix', MIXES)
 @pytest.mark.parametrize(('capacity', 'top'), [(100, 100), (100, 3), (9, 2)])
 def test_reads_what_the_formula_says(mix, capacity, top):
   """All of the memory, the best of it, the best of what has not been dropped."""
   module, variables = made(mix, capacity=capacity, top=top)
-  y, none = jax.jit(lambda x: module.apply(variables, x, PLAIN))(X)
-  assert none is None
+  y = apply(module, variables, X)
   for row in range(2):
     want = by_hand(X[row], 4, capacity, top, MIXES[mix][2])
     np.testing.assert_allclose(y[row], want, atol=2e-5)
@@ -100,30 +104,31 @@ def test_reads_what_the_formula_says(mix, capacity, top):
 def test_all_of_the_memory_in_one_softmax_is_full_attention():
   """Without positions, `Joint` over everything is the softmax over everything."""
   module, variables = made('joint', capacity=100, top=100)
-  y, _ = module.clone(rotate=None).apply(variables, X, PLAIN)
+  y = apply(module.clone(rotate=None), variables, X)
   full = attention.SelfAttention(heads=HEADS, groups=GROUPS, head_dim=SIZE, rotate=None)
-  np.testing.assert_allclose(y, full.apply(variables, X, PLAIN)[0], atol=1e-5)
+  np.testing.assert_allclose(y, apply(full, variables, X), atol=1e-5)
 
 
 def test_a_closed_gate_leaves_the_local_window():
   """g = 0: the numbers of attention that never saw the memory."""
   module, variables = made()
   variables['params'] |= dict(mix=dict(bias=np.full(HEADS, -100.0, np.float32)))
-  y, _ = module.apply(variables, X, PLAIN)
+  y = apply(module, variables, X)
   t = np.arange(X.shape[1])
   allowed = (t[:, None] - t >= 0) & (t[:, None] - t < 4)
   far = jnp.where(jnp.asarray(allowed), 0.0, -1e9)[None, None]
   full = attention.SelfAttention(heads=HEADS, groups=GROUPS, head_dim=SIZE)
-  want, _ = full.apply(variables, X, PLAIN._replace(bias=far))
+  want = apply(full, variables, X, PLAIN._replace(bias=far))
   np.testing.assert_allclose(y, want, atol=1e-5)
 
 
-@pytest.mark.parametrize('chunks', [[1] * 20, [5, 5, 5, 5], [7, 1, 12], [20]])
-@pytest.mark.parametrize('mix', MIXES)
+@pytest.mark.parametrize(
+  ('mix', 'chunks'), [('gate', [1] * 20), ('joint', [5] * 4), ('gate', [7, 1, 12]), ('joint', [20])]
+)
 def test_segments_with_a_state_are_the_whole_document(mix, chunks):
   """The ring of 13 is written over; a segment may be longer than it."""
   module, variables = made(mix)
-  whole, _ = module.apply(variables, X, PLAIN)
+  whole = apply(module, variables, X)
   state, out, start = module.initial(2, 20, EMBED, jnp.float32), [], 0
   step = stepper(module, variables)
   for n in chunks:
@@ -144,7 +149,7 @@ def test_a_new_document_finds_an_empty_memory():
   for n in range(0, 20, 5):
     y, state = step(other[:, n : n + 5], n, state)
     out.append(y)
-  want, _ = module.apply(variables, other, PLAIN)
+  want = apply(module, variables, other)
   np.testing.assert_allclose(np.concatenate(out, 1), want, atol=2e-5)
 
 
@@ -153,11 +158,12 @@ def test_packed_documents_do_not_remember_one_another():
   segments = jnp.array([[1] * 9 + [2] * 11] * 2)
   where = jnp.array([[*range(9), *range(11)]] * 2)
   packed = attention.Context(Mask(True, segments=(segments, segments)), where)
-  y, _ = module.apply(variables, X, packed)
+  y = apply(module, variables, X, packed)
   for part in (slice(0, 9), slice(9, 20)):
     n = part.stop - part.start
     alone = attention.Context(Mask(True), jnp.arange(n)[None])
-    np.testing.assert_allclose(y[:, part], module.apply(variables, X[:, part], alone)[0], atol=1e-5)
+    want = apply(module, variables, X[:, part], alone)
+    np.testing.assert_allclose(y[:, part], want, atol=1e-5)
 
 
 def test_a_token_far_behind_is_found():
@@ -180,7 +186,7 @@ def test_a_token_far_behind_is_found():
 def test_no_gradient_reaches_what_is_remembered():
   module, variables = made()
   last = lambda x: module.apply(variables, x, PLAIN)[0][0, -1].sum()
-  g = np.abs(jax.grad(last)(X)[0]).sum(-1)
+  g = np.abs(jax.jit(jax.grad(last))(X)[0]).sum(-1)
   assert (g[-4:] > 0).all() and (g[:-4] == 0).all()
 
   def second(x, bias):  # the gate and the query learn from what is read
@@ -188,7 +194,7 @@ def test_no_gradient_reaches_what_is_remembered():
     state = module.apply(told, x, context(0, 10), module.initial(2, 20, EMBED, jnp.float32))[1]
     return module.apply(told, jnp.asarray(X[:, 10:]), context(10, 20), state)[0].sum()
 
-  before, bias = jax.grad(second, (0, 1))(jnp.asarray(X[:, :10]), jnp.asarray(GATE))
+  before, bias = jax.jit(jax.grad(second, (0, 1)))(jnp.asarray(X[:, :10]), jnp.asarray(GATE))
   assert (before == 0).all() and (np.abs(bias) > 0).all()
 
 
@@ -203,6 +209,7 @@ def test_one_layer_of_a_model_has_it(tiny, ids):
   np.testing.assert_array_equal(full[:, :8], later[:, :8])
   states = model.states(params, dict(inputs=ids), tiny.LENGTH)
 
+  @functools.partial(jax.jit, static_argnums=(2, 3))
   def segment(params, states, start, stop):
     where = jnp.arange(start, stop)[None].repeat(ids.shape[0], 0)
     told = dict(inputs=ids[:, start:stop], positions=where)
@@ -213,7 +220,7 @@ def test_one_layer_of_a_model_has_it(tiny, ids):
   second, _ = segment(params, states, 7, tiny.LENGTH)
   np.testing.assert_allclose(np.concatenate([first, second], 1), full, atol=3e-5)
   loss = lambda p: jax.nn.log_softmax(segment(p, states, 7, tiny.LENGTH)[0])[..., 3].mean()
-  grads = jax.grad(loss)(params)
+  grads = jax.jit(jax.grad(loss))(params)
   assert np.abs(grads['decoder']['layers']['block_1']['mixer']['mix']['bias']).max() > 0
 
 

@@ -173,7 +173,11 @@ def test_frequencies_start_at_one_and_end_above_one_over_base():
 def test_the_critical_dimension_of_a_trained_length():
   """Liu et al. 2023 (arXiv:2310.05209): 2 ceil(d/2 log_b(L/2pi)) entries of a head see a whole period in training."""
   longest = lambda base: 2 * np.pi / positions.frequencies(128, base)
-  assert 2 * (longest(1e4) <= 4096).sum() == 2 * math.ceil(64 * math.log(4096 / (2 * math.pi), 1e4)) == 92
+  assert (
+    2 * (longest(1e4) <= 4096).sum()
+    == 2 * math.ceil(64 * math.log(4096 / (2 * math.pi), 1e4))
+    == 92
+  )
   assert (longest(500.0) < 4096).all() and (longest(1e6) > longest(1e4))[1:].all()
 
 

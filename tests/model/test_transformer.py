@@ -117,9 +117,7 @@ def decode(model, params, ids, chunks, batch=None):
   return jnp.concatenate(out, 1)
 
 
-@pytest.mark.parametrize(
-  'name', ['rope', 'learned', 'buckets', 'xpos', 'transformer_xl', 'rerope']
-)
+@pytest.mark.parametrize('name', ['rope', 'learned', 'buckets', 'xpos', 'transformer_xl', 'rerope'])
 def test_with_a_state_is_without(tiny, ids, model, name):
   params = tiny.large(model)
   full = tiny.forward(model)(params, dict(inputs=ids))
