@@ -20,6 +20,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from llm_jax.core.errors import UserError
+from llm_jax.model import kernels
 from llm_jax.model import positions as positions_lib
 from llm_jax.model.masks import Mask
 
@@ -172,11 +173,5 @@ class ReRoPE(nn.Module):
     moved = self.window * (1 - self.slope) + self.slope * positions
     far = self.rotate(q, k, moved, self.slope * keys)
     is_far = positions[:, :, None] - keys[:, None, :] > self.window
-    differ = scale * (_products(*far) - _products(*near))
+    differ = scale * (kernels.products(*far) - kernels.products(*near))
     return *near, jnp.where(is_far[:, None], differ, 0.0)
-
-
-def _products(q: jax.Array, k: jax.Array) -> jax.Array:
-  """f32 [batch, heads, t, s]."""
-  k = jnp.repeat(k, q.shape[2] // k.shape[2], axis=2)
-  return jnp.einsum('bthk,bshk->bhts', q, k, preferred_element_type=jnp.float32)

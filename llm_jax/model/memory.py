@@ -96,16 +96,16 @@ class MemoryAttention(nn.Module):
     """q: [b, t, h, k]; k, v: [b, s, g, k]; seen: bool [b or 1, 1, t, s] or None; where, at: the positions of queries
     and keys. Returns f32 [b, t, h, k]."""
     scale = q.shape[-1] ** -0.5 if self.scale is None else self.scale
-    k, v = (jnp.repeat(y, q.shape[2] // y.shape[2], axis=2) for y in (k, v))
+    k, v = (kernels.repeat(y, q.shape[2]) for y in (k, v))
     distance = (where[:, :, None] - at[:, None, :])[:, None]
     near = jnp.abs(distance) < self.window
     far = (distance >= self.window) & (distance < self.window + self.capacity)
     near, far = (m if seen is None else m & seen for m in (near, far))
     rotated = (q, k) if self.rotate is None else self.rotate(q, k, where, at)
-    logits = jnp.where(near, scale * _products(*rotated), kernels.HIDDEN)
+    logits = jnp.where(near, scale * kernels.products(*rotated), kernels.HIDDEN)
     local = jnp.einsum('bhts,bshk->bthk', jax.nn.softmax(logits), v.astype(jnp.float32))
     k, v = jax.lax.stop_gradient((k, v))
-    scores = jnp.where(far, scale * _products(q, k), kernels.HIDDEN)
+    scores = jnp.where(far, scale * kernels.products(q, k), kernels.HIDDEN)
     best, index = jax.lax.top_k(scores, min(self.top, scores.shape[-1]))
     found = jnp.moveaxis(v, 2, 1)[:, :, None]  # [b, h, 1, s, k]
     found = jnp.take_along_axis(found, index[..., None], axis=3).astype(jnp.float32)
@@ -122,11 +122,6 @@ class MemoryAttention(nn.Module):
     shape = (batch, self.window + self.capacity)
     made = {n: jnp.zeros((*shape, groups, head_dim), dtype) for n in ('memory_k', 'memory_v')}
     return dict(made, at=jnp.full(shape, -1, jnp.int32))
-
-
-def _products(q: jax.Array, k: jax.Array) -> jax.Array:
-  """f32 [batch, heads, t, s]."""
-  return jnp.einsum('bthk,bshk->bhts', q, k, preferred_element_type=jnp.float32)
 
 
 def _behind(state: State, where: jax.Array, k: jax.Array, v: jax.Array) -> tuple:

@@ -5,12 +5,14 @@ import functools
 import json
 import math
 
+import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
 
+from llm_jax.core import mesh
 from llm_jax.core.errors import UserError
-from llm_jax.model import attention, extension, positions
+from llm_jax.model import attention, block, extension, ffn, memory, positions, transformer
 from llm_jax.model.masks import Mask
 from tests.model.make_rope_reference import CASES, STORED
 
@@ -161,3 +163,37 @@ def test_rerope_bounds_the_distance(window, slope):
   np.testing.assert_allclose(got, by_distance(x[0], double, far), atol=2e-5)
   plain = by_distance(x[0], double, lambda d: d)
   assert (np.abs(got - plain).max() > 1e-3) == (window == 3 and slope < 1)
+
+
+MIXERS = dict(
+  rerope=P(
+    attention.SelfAttention,
+    heads=4,
+    groups=2,
+    rotate=None,
+    relative=P(extension.ReRoPE, window=3),
+  ),
+  transformer_xl=P(attention.SelfAttention, heads=4, rotate=None, relative=positions.TransformerXL),
+  memory=P(memory.MemoryAttention, heads=4, groups=2, window=3, capacity=4, top=2),
+  dynamic=P(
+    attention.SelfAttention,
+    heads=4,
+    rotate=P(positions.xpos, scaling=P(extension.dynamic_ntk, factor=2.0, original_length=4)),
+  ),
+)
+
+
+@pytest.mark.parametrize('name', MIXERS)
+def test_on_a_mesh_that_types_its_shardings(tiny, name):
+  """Packed rows on data=2 x fsdp=2 x tensor=2 with Explicit axes are those of one device."""
+  layer = P(block.decoder, mixer=MIXERS[name], ffn=P(ffn.Gated, hidden=24))
+  model = transformer.causal(vocab=64, embed=16, layers=2, block=layer)
+  params = tiny.large(model)
+  ids = RNG.integers(0, 64, (8, 8)).astype(np.int32)
+  where, segments = ([[*range(5), *range(3)]] * 8, [[1] * 5 + [2] * 3] * 8)
+  batch = dict(inputs=ids, positions=np.int32(where), segments=np.int32(segments))
+  want = tiny.forward(model)(params, batch)
+  with jax.set_mesh(mesh.make(data=2, fsdp=2, tensor=2, explicit=True)), mesh.rules(**mesh.ZERO3):
+    placed = jax.device_put(params, mesh.shardings(model.axes, params))
+    got = jax.jit(lambda p, b: model.logits(p, model.hidden(p, b).x))(placed, mesh.place(batch))
+  np.testing.assert_allclose(got, want, atol=1e-5)
