@@ -322,7 +322,13 @@ def _model(
     return jnp.where(jnp.arange(ends.rows) < ends.vocab, y, PADDED)
 
   return Model(
-    init, param.unbox(boxes)[1], hidden, logits, head, states, describe(ends, boxes, decoder, encoder)
+    init,
+    param.unbox(boxes)[1],
+    hidden,
+    logits,
+    head,
+    states,
+    describe(ends, boxes, decoder, encoder),
   )
 
 

@@ -171,6 +171,15 @@ def test_sizes_that_do_not_exist():
     config_lib.read(str(ROOT / 'configs/pretrain/llama.py'), 'sise=7b')
 
 
+def test_gpt3_alternates_dense_and_banded_layers():
+  c = read('configs/pretrain/gpt3.py', 'small,band=256')
+  card = build(c.model)().card
+  assert [(kind.repeats, kind.mixers[0].window) for kind in card.decoder] == [(6, None), (6, 256)]
+  dense = build(read('configs/pretrain/gpt3.py', 'small').model)().card
+  assert count.total(card) == count.total(dense)
+  assert sum(count.forward_flops(card, 2048).values()) < sum(count.forward_flops(dense, 2048).values())
+
+
 @pytest.mark.parametrize(('size', 'tokens'), [('small', 4), ('175b', 12)])
 def test_gpt3_counts_tokens_while_the_batch_grows(size, tokens):
   """The warm-up ends with 375M tokens, the cosine with 260B, the run with 300B, the growth after 4 to 12B."""

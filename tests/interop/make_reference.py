@@ -23,6 +23,17 @@ LLAMA = dict(
 GPT = dict(vocab_size=24, n_embd=16, n_layer=2, n_head=4, n_positions=32)
 NO_DROPOUT = dict(attn_pdrop=0.0, embd_pdrop=0.0, resid_pdrop=0.0)
 T5 = dict(vocab_size=24, d_model=16, d_kv=4, d_ff=24, num_layers=2, num_heads=4, dropout_rate=0.0)
+# RoPE for contexts longer than those of training; the base makes all pairs turn within ten tokens
+LINEAR = dict(rope_theta=100.0, rope_type='linear', factor=2.0)
+DYNAMIC = dict(rope_theta=100.0, rope_type='dynamic', factor=2.0)
+LLAMA3 = dict(
+  rope_theta=100.0, rope_type='llama3', factor=4.0, low_freq_factor=0.3, high_freq_factor=1.0,
+  original_max_position_embeddings=8,
+)  # fmt: skip
+YARN = dict(
+  rope_theta=100.0, rope_type='yarn', factor=4.0, beta_fast=1.0, beta_slow=0.1,
+  original_max_position_embeddings=8,
+)  # fmt: skip
 STEPS, RATE, EPS = 3, 1e-2, 1e-3
 
 # folder: (name of the config's class, its arguments)
@@ -31,6 +42,10 @@ MODELS = {
   'gpt_bigcode': ('GPTBigCodeConfig', GPT | NO_DROPOUT | dict(multi_query=True)),
   'llama': ('LlamaConfig', LLAMA),
   'llama_tied': ('LlamaConfig', LLAMA | dict(tie_word_embeddings=True, rope_theta=500.0, head_dim=6)),
+  'llama_linear': ('LlamaConfig', LLAMA | dict(rope_parameters=LINEAR)),
+  'llama_dynamic': ('LlamaConfig', LLAMA | dict(rope_parameters=DYNAMIC, max_position_embeddings=4)),
+  'llama_llama3': ('LlamaConfig', LLAMA | dict(rope_parameters=LLAMA3, head_dim=8)),
+  'llama_yarn': ('LlamaConfig', LLAMA | dict(rope_parameters=YARN, head_dim=8)),
   'mistral': ('MistralConfig', LLAMA | dict(sliding_window=None)),
   'mistral_window': ('MistralConfig', LLAMA | dict(sliding_window=4)),
   'qwen2': ('Qwen2Config', LLAMA),
@@ -55,6 +70,13 @@ MODELS = {
   ),
   'gemma': ('GemmaConfig', LLAMA | dict(head_dim=8, tie_word_embeddings=True)),
   'phi3': ('Phi3Config', LLAMA | dict(pad_token_id=0, original_max_position_embeddings=32)),
+  'phi3_long': (
+    'Phi3Config',
+    LLAMA | dict(
+      pad_token_id=0, original_max_position_embeddings=8,
+      rope_parameters=dict(rope_theta=100.0, rope_type='longrope', short_factor=[1.0, 1.5], long_factor=[1.5, 4.0]),
+    ),
+  ),
   'stablelm': ('StableLmConfig', LLAMA | dict(partial_rotary_factor=0.5)),
   'starcoder2': ('Starcoder2Config', LLAMA | dict(tie_word_embeddings=True, sliding_window=None)),
   'opt': (
