@@ -31,6 +31,7 @@ def get_config(text=None):
   c = quickstart.get_config(f'steps={arg.steps or 40},batch=8,length={FACTOR * LENGTH}')
   c.model.block.mixer.rotate = METHODS[arg.method]
   c.init.init_from = arg.start
+  c.optimizer.schedule.length = max(1, c.steps // 3)
   c.optimizer.schedule.schedule.peak = 0.01
   c.hooks.heldout.every = c.hooks.plot.every = c.steps
   return c
