@@ -156,6 +156,9 @@ def _run(
       rng = jax.random.fold_in(rng, jax.lax.axis_index(axis))
 
   def apply(x: jax.Array, product: Callable, spread: Callable) -> jax.Array:
+    if axes['summed']:
+      x = jax.lax.pcast(x, axes['summed'], to='varying')
+
     def up(name: str) -> jax.Array:
       y = product(x, w[name])
       return y + spread(w[f'{name}_bias']) if expert.bias else y

@@ -9,7 +9,17 @@ import numpy as np
 import pytest
 
 from llm_jax.core.errors import UserError
-from llm_jax.model import attention, block, dispatch, ffn, grouped, param, routers, stack, transformer
+from llm_jax.model import (
+  attention,
+  block,
+  dispatch,
+  ffn,
+  grouped,
+  param,
+  routers,
+  stack,
+  transformer,
+)
 from llm_jax.model.attention import Context
 from llm_jax.model.masks import Mask
 from llm_jax.model.moe import MoE, Weighed
@@ -53,6 +63,12 @@ def params_(module, seed=1, scale=1.0):
     boxes,
     is_leaf=param.is_box,
   )
+
+
+def run(module, w, x=None, ctx=None):
+  """Compiled as a whole: op by op takes seconds."""
+  ctx = ctx or ctx_()
+  return jax.jit(lambda w, x: module.apply({'params': w}, x, ctx))(w, x_() if x is None else x)
 
 
 def softmax(x):
@@ -122,7 +138,7 @@ def test_nothing_dropped_is_a_loop_over_tokens_and_experts(name, way, padded):
   w, segments = params_(module), SEGMENTS if padded else None
   assert ('router' in w) == (name != 'hashed')
   ctx = ctx_(name != 'expert_choice', segments)
-  y, aux = jax.jit(lambda w, x: module.apply({'params': w}, x, ctx))(w, x_())
+  y, aux = run(module, w, ctx=ctx)
   wanted = loop(name, k, w, x_(), None if segments is None else segments > 0)
   np.testing.assert_allclose(y, wanted, rtol=1e-4, atol=1e-4)
   np.testing.assert_array_equal(aux['seen/dropped'], 0)
@@ -151,7 +167,9 @@ def test_gradients_of_all_ways_agree_with_finite_differences(way):
     np.testing.assert_allclose(found['dropless'][0][name][at], slope, rtol=1e-3, atol=1e-4 * scale)
 
 
-@pytest.mark.parametrize('sizes', [(300, 0, 1, 84), (0, 0, 0, 385), (128, 128, 100, 0), (0, 0, 0, 0)])
+@pytest.mark.parametrize(
+  'sizes', [(300, 0, 1, 84), (0, 0, 0, 385), (128, 128, 100, 0), (0, 0, 0, 0)]
+)
 def test_grouped_products(sizes):
   """Groups of any sizes, rows of no group at the end, more rows than a block: each row with its own matrix."""
   m, rng = 385, np.random.default_rng(0)
@@ -174,32 +192,32 @@ def test_experts_without_a_gate(bias):
   assert set(w) == {'router', 'up', 'down'} | ({'up_bias', 'down_bias'} if bias else set())
   wanted = loop('top_k_softmax', 2, w, x_(), gated=False, act=lambda z: np.maximum(z, 0))
   for way in DISPATCH.values():
-    y, _ = module.clone(dispatch=way).apply({'params': w}, x_(), ctx_())
+    y, _ = run(module.clone(dispatch=way), w)
     np.testing.assert_allclose(y, wanted, rtol=1e-4, atol=1e-4)
 
 
 def test_one_expert_is_the_dense_layer():
   module = MoE(1, EXPERT, 1)
   w = params_(module)
-  dense, _ = EXPERT().apply({'params': {n: w[n][0] for n in ('gate', 'up', 'down')}}, x_(), ctx_())
-  np.testing.assert_allclose(module.apply({'params': w}, x_(), ctx_())[0], dense, rtol=1e-4, atol=1e-5)
+  dense, _ = run(EXPERT(), {n: w[n][0] for n in ('gate', 'up', 'down')})
+  np.testing.assert_allclose(run(module, w)[0], dense, rtol=1e-4, atol=1e-5)
 
 
 def test_shared_experts():
   """DeepSeekMoE's are added; two are one of twice the width; Qwen2's is weighed by a sigmoid."""
   module = MoE(E, EXPERT, 2, shared=partial(ffn.Gated, hidden=2 * F))
   w = params_(module)
-  y, _ = module.apply({'params': w}, x_(), ctx_())
+  y, _ = run(module, w)
   routed = loop('top_k_softmax', 2, w, x_())
   s, both = w['shared'], 0
   for half in (slice(0, F), slice(F, None)):
-    part = dict(gate=s['gate'][None, :, half], up=s['up'][None, :, half], down=s['down'][None, half])
+    part = dict(
+      gate=s['gate'][None, :, half], up=s['up'][None, :, half], down=s['down'][None, half]
+    )
     both += one_expert(part, 0, np.asarray(x_(), np.float64))
   np.testing.assert_allclose(y, routed + both, rtol=1e-4, atol=1e-4)
   module = MoE(E, EXPERT, 2, shared=partial(Weighed, ffn=partial(ffn.Gated, hidden=2 * F)))
-  found = module.apply(
-    {'params': dict(w, shared=dict(ffn=s, weigh=jnp.arange(D) / 4.0))}, x_(), ctx_()
-  )
+  found = run(module, dict(w, shared=dict(ffn=s, weigh=jnp.arange(D) / 4.0)))
   weigh = 1 / (1 + np.exp(-np.asarray(x_()) @ np.arange(D) / 4))
   np.testing.assert_allclose(found[0], routed + weigh[..., None] * both, rtol=1e-4, atol=1e-4)
 
@@ -226,7 +244,7 @@ def test_a_full_expert_drops_the_rest(k, factor, slots, order):
     E, EXPERT, k, dispatch=partial(dispatch.limited, factor=factor, slots=slots, order=order)
   )
   w, real = params_(module), np.asarray(SEGMENTS > 0)
-  y, aux = module.apply({'params': w}, x_(), ctx_(segments=SEGMENTS))
+  y, aux = run(module, w, ctx=ctx_(segments=SEGMENTS))
   c, logits = slots or math.ceil(factor * k * T / E), np.asarray(x_() @ w['router'])
   wanted, dropped = np.zeros((B, T, D)), np.zeros(B)
   arrays = {n: np.asarray(v, np.float64) for n, v in w.items()}
@@ -248,8 +266,8 @@ def test_capacity_differs_in_evaluation():
   kw = dict(dispatch=partial(dispatch.limited, factor=0.25, evaluation=float(E)))
   module = MoE(E, EXPERT, 1, routers.switch, **kw)
   w = params_(module)
-  assert not module.apply({'params': w}, x_(), ctx_())[1]['seen/dropped'].any()
-  assert module.apply({'params': w}, x_(), ctx_(rng=jax.random.key(0)))[1]['seen/dropped'].all()
+  assert not run(module, w)[1]['seen/dropped'].any()
+  assert run(module, w, ctx=ctx_(rng=jax.random.key(0)))[1]['seen/dropped'].all()
 
 
 def test_balance_and_z_losses_are_the_formulas():
@@ -259,7 +277,7 @@ def test_balance_and_z_losses_are_the_formulas():
     router, k = ROUTERS[name]
     module = MoE(E, EXPERT, k, router, balance=0.01, z_loss=0.001)
     w = params_(module)
-    _, aux = module.apply({'params': w}, x_(), ctx_(segments=SEGMENTS))
+    _, aux = run(module, w, ctx=ctx_(segments=SEGMENTS))
     for b in range(2):
       logits = (np.asarray(x_(), np.float64)[b] @ np.asarray(w['router'], np.float64))[real[b]]
       counted = np.argsort(-logits)[:, : 1 if name == 'gshard' else k]
@@ -279,9 +297,9 @@ def test_a_balanced_router_pays_the_coefficient():
   """Switch, section 2.2: the minimum, under uniform routing, is alpha."""
   told = routers.Told(E, 1, jnp.ones((1, 8), bool), True, None, None)
   logits = 30.0 * jnp.eye(E)[jnp.arange(8) % E][None]
-  np.testing.assert_allclose(routers.balance(routers.switch(lambda: logits, told), told), 1, rtol=1e-5)
-  one = routers.switch(lambda: jnp.zeros((1, 8, E)).at[..., 2].set(30.0), told)
-  np.testing.assert_allclose(routers.balance(one, told), E, rtol=1e-5)
+  loss = jax.jit(lambda logits: routers.balance(routers.switch(lambda: logits, told), told))
+  np.testing.assert_allclose(loss(logits), 1, rtol=1e-5)
+  np.testing.assert_allclose(loss(logits.at[:].set(logits[:, 2:3])), E, rtol=1e-5)
 
 
 def test_the_second_expert_is_kept_with_twice_its_weight():
@@ -299,15 +317,13 @@ def test_jitter_only_moves_the_router_and_only_in_training():
   kw = dict(router=routers.softmax_top_k, top_k=E)
   module = MoE(E, EXPERT, jitter=0.1, z_loss=1.0, **kw)
   w = params_(module)
-  still, noisy = (module.apply({'params': w}, x_(), ctx_(rng=r)) for r in (None, jax.random.key(0)))
-  np.testing.assert_allclose(
-    still[0], MoE(E, EXPERT, **kw).apply({'params': w}, x_(), ctx_())[0], rtol=1e-6
-  )
+  still, noisy = (run(module, w, ctx=ctx_(rng=r)) for r in (None, jax.random.key(0)))
+  np.testing.assert_allclose(still[0], run(MoE(E, EXPERT, **kw), w)[0], rtol=1e-6)
   assert not np.allclose(noisy[1]['router_z'], still[1]['router_z'])
   # every logit is within 10 % of its terms' sizes, and experts get x itself: gates of 1 hide the router
   same = MoE(1, EXPERT, 1, jitter=0.1)
   one = {n: v[:1] if n != 'router' else v[:, :1] for n, v in w.items()}
-  a, b = (same.apply({'params': one}, x_(), ctx_(rng=r))[0] for r in (None, jax.random.key(0)))
+  a, b = (run(same, one, ctx=ctx_(rng=r))[0] for r in (None, jax.random.key(0)))
   np.testing.assert_array_equal(a, b)
 
 
@@ -318,10 +334,10 @@ def test_the_router_is_f32_in_bfloat16():
   module = MoE(2, EXPERT, 1, routers.switch, z_loss=1.0)
   w = params_(MoE(2, EXPERT, 1))
   w['router'] = jnp.zeros((D, 2)).at[0].set(jnp.array([1.0, 1.001]))
-  y, aux = module.apply({'params': w}, x, ctx)
+  y, aux = run(module, w, x, ctx)
   assert y.dtype == jnp.bfloat16 and aux['router_z'].dtype == jnp.float32
   np.testing.assert_allclose(aux['router_z'], np.log(np.exp(1) + np.exp(1.001)) ** 2, rtol=1e-5)
-  second = EXPERT().apply({'params': {n: w[n][1] for n in ('gate', 'up', 'down')}}, x, ctx)[0]
+  second = run(EXPERT(), {n: w[n][1] for n in ('gate', 'up', 'down')}, x, ctx)[0]
   gate = 1 / (1 + np.exp(-0.001))
   np.testing.assert_allclose(y.astype(float), gate * second.astype(float), rtol=2e-2)
 
@@ -339,10 +355,11 @@ def test_no_output_depends_on_a_later_token(name):
   router, k, way = CAUSAL[name]
   module = MoE(E, EXPERT, k, router, way)
   w = params_(module)
-  y, _ = module.apply({'params': w}, x_(), ctx_())
+  apply = jax.jit(lambda x, ids: module.apply({'params': w}, x, ctx_()._replace(ids=ids))[0])
+  y = apply(x_(), IDS)
   for i in range(1, T):
-    changed = x_().at[:, i:].set(x_(7)[:, i:])
-    other, _ = module.apply({'params': w}, changed, ctx_()._replace(ids=IDS.at[:, i:].add(3)))
+    later = jnp.arange(T) >= i
+    other = apply(jnp.where(later[:, None], x_(7), x_()), jnp.where(later, IDS + 3, IDS))
     np.testing.assert_allclose(other[:, :i], y[:, :i], atol=1e-6)
 
 
@@ -387,7 +404,7 @@ def test_every_other_layer():
   found = []
   for runner in (stack.scan, stack.loop, partial(stack.scan, remat='full')):
     model = glam(balance=0.01, z_loss=0.001)(runner=runner)
-    hidden = model.hidden(weights_of(), dict(inputs=IDS))
+    hidden = jax.jit(model.hidden)(weights_of(), dict(inputs=IDS))
     assert set(hidden.aux) == {'balance', 'router_z', 'seen/dropped'}
     assert all(value.shape == (B,) for value in hidden.aux.values())
     found.append(jax.tree.leaves((hidden.x, hidden.aux)))
@@ -403,11 +420,12 @@ def test_prefill_and_decoding_are_the_parallel_form(router):
   params = jax.tree.map(lambda x: x, weights_of())
   if router is routers.hashed:
     params['decoder']['layers']['block_1']['ffn'].pop('router')
-  whole = model.hidden(params, dict(inputs=IDS)).x
+  hidden = jax.jit(lambda params, batch, states: model.hidden(params, batch, states=states)[:2])
+  whole, _ = hidden(params, dict(inputs=IDS), None)
   states, parts = model.states(params, dict(inputs=IDS), T), []
   for start, stop in ((0, 3), *((i, i + 1) for i in range(3, T))):
     positions = jnp.broadcast_to(jnp.arange(start, stop), (B, stop - start))
     batch = dict(inputs=IDS[:, start:stop], positions=positions)
-    x, states, _ = model.hidden(params, batch, states=states)
+    x, states = hidden(params, batch, states)
     parts.append(x)
   np.testing.assert_allclose(jnp.concatenate(parts, 1), whole, atol=2e-5)
