@@ -84,13 +84,14 @@ class MoE(nn.Module):
     """(y [b, t, d], dropped [b]), on one device or within a `shard_map` over all of them."""
     expert = self.expert(parent=None)
     w, letters = self._weights(expert, x.shape[-1], x.dtype)
+    if self.is_initializing():
+      return x, jnp.zeros(x.shape[:1])
     found = found._replace(logits=None, load=None)
     run = functools.partial(_run, self.dispatch, expert, self.experts, self.top_k)
     if mesh.current() is None:
       return run(dict(split=(), summed=(), rows=()), x, found, w, rng)
     specs = {name: mesh.used(*weights.axes_of(axes)) for name, axes in letters.items()}
-    batch = mesh.named(mesh.spec('batch')[0])
-    split, summed = (mesh.named(specs[n][i]) for n, i in (('down', 0), ('down', 1)))
+    batch, split, summed = map(mesh.named, (mesh.spec('batch')[0], *specs['down'][:2]))
     if not set(split) <= set(batch):
       raise UserError(
         f'the experts are split over {split}, the batch over {batch}: '
@@ -98,8 +99,7 @@ class MoE(nn.Module):
       )
     axes = dict(split=split, summed=summed, rows=batch)
     rows = mesh.spec('batch')
-    ways = math.prod(mesh.current().shape[a] for a in batch)
-    spare = -x.shape[0] % ways
+    spare = -x.shape[0] % math.prod(mesh.current().shape[a] for a in batch)
     moved = jax.tree.map(lambda a: _rows(a, spare), (x, found))
     y, dropped = jax.shard_map(
       functools.partial(run, axes),

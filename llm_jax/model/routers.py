@@ -63,7 +63,7 @@ Scores = Callable[[], jax.Array]
 def softmax_top_k(scores: Scores, told: Told) -> Routing:
   """The k likeliest experts, weighed by their probabilities (Dai et al. 2024, DeepSeekMoE, arXiv:2401.06066, eq. 3-5)."""
   logits = scores()
-  gate, expert = jax.lax.top_k(jax.nn.softmax(logits), _checked(told))
+  gate, expert = _best(jax.nn.softmax(logits), _checked(told))
   return _rounds(told, logits, gate, expert)
 
 
@@ -71,7 +71,7 @@ def top_k_softmax(scores: Scores, told: Told) -> Routing:
   """The k likeliest experts, weighed by the softmax over their k logits (Jiang et al. 2024, Mixtral, arXiv:2401.04088,
   section 2.1): the same as probabilities divided by their sum."""
   logits = scores()
-  top, expert = jax.lax.top_k(logits, _checked(told))
+  top, expert = _best(logits, _checked(told))
   return _rounds(told, logits, jax.nn.softmax(top), expert)
 
 
@@ -110,7 +110,10 @@ def expert_choice(scores: Scores, told: Told) -> Routing:
   logits = scores()
   t = logits.shape[1]
   likes = jnp.where(told.real[..., None], jax.nn.softmax(logits), -1.0)
-  gate, token = jax.lax.top_k(jnp.swapaxes(likes, 1, 2), min(t, -(-told.k * t // told.experts)))
+  likes, n = jnp.swapaxes(likes, 1, 2), min(t, -(-told.k * t // told.experts))
+  token = jnp.zeros_like(likes, jnp.int32) + jnp.arange(t, dtype=jnp.int32)
+  less, token = jax.lax.sort((-likes, token), num_keys=1)
+  gate, token = -less[..., :n], token[..., :n]
   each = jnp.arange(told.experts, dtype=jnp.int32)[:, None]
   return Routing(jnp.zeros_like(token) + each, gate, gate >= 0, token, logits)
 
@@ -150,6 +153,17 @@ def z_loss(found: Routing, told: Told) -> jax.Array:
     raise UserError('this router has no logits to keep small: set z_loss=0')
   squares = jax.nn.logsumexp(found.logits, axis=-1) ** 2
   return jnp.where(told.real, squares, 0).sum(1) / _count(told)[:, 0]
+
+
+def _best(x: jax.Array, k: int) -> tuple[jax.Array, jax.Array]:
+  """The k largest of each token, best first, and where: [batch, t, k]. XLA would gather the batch for `top_k`."""
+  values, places, left = [], [], x
+  for _ in range(k):
+    places.append(jnp.argmax(left, -1))
+    chosen = places[-1][..., None] == jnp.arange(x.shape[-1])
+    values.append(jnp.where(chosen, x, 0).sum(-1))
+    left = jnp.where(chosen, -jnp.inf, left)
+  return jnp.stack(values, -1), jnp.stack(places, -1)
 
 
 def _rounds(told: Told, logits: jax.Array, gate: jax.Array, expert: jax.Array) -> Routing:
