@@ -26,7 +26,7 @@ class Context(NamedTuple):
   mask: who sees whom. positions: int [batch or 1, t]. bias: f32, broadcastable to [batch, heads, t, s], added to the
   logits.
   rng: the layer's dropout key, None for none. encoded: [batch, s, embed], what cross-attention reads. encoded_mask: who
-  sees whom there.
+  sees whom there. ids: int [batch, t], the tokens themselves.
   """
 
   mask: Mask
@@ -35,6 +35,7 @@ class Context(NamedTuple):
   rng: jax.Array | None = None
   encoded: jax.Array | None = None
   encoded_mask: Mask = Mask()
+  ids: jax.Array | None = None
 
 
 def _sizes(module: nn.Module, embed: int) -> tuple[int, int, int]:
