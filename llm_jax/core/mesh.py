@@ -30,9 +30,12 @@ _WHOLE = dict(
   batch=(), length=(), embed=(), heads=(), groups=(), head_dim=(), ffn=(), vocab=(), expert=(),
   layers=(), norm=(), positions=(), buckets=(), rank=(),
 )  # fmt: skip
-_TENSOR = dict(_WHOLE, heads=('tensor',), groups=('tensor',), ffn=('tensor',), vocab=('tensor',))
+_TENSOR = dict(
+  _WHOLE, heads=('tensor',), groups=('tensor',), ffn=('tensor',), vocab=('tensor',), expert=('expert',)
+)  # fmt: skip
 _SHARDED = dict(_TENSOR, embed=('fsdp',))
-_ACTIVATIONS = dict(_TENSOR, batch=('data', 'fsdp'))
+# all but the experts are data-parallel over their axis (GShard): there tokens are what moves
+_ACTIVATIONS = dict(_TENSOR, batch=('data', 'fsdp', 'expert'))
 
 ZERO1 = dict(weights=_TENSOR, gradients=_TENSOR, optimizer=_SHARDED, activations=_ACTIVATIONS)
 ZERO2 = dict(weights=_TENSOR, gradients=_SHARDED, optimizer=_SHARDED, activations=_ACTIVATIONS)
@@ -194,14 +197,14 @@ def shard(x: jax.Array, *axes: str | None) -> jax.Array:
 
 
 def gather(w: jax.Array, axes: tuple[str | None, ...]) -> jax.Array:
-  """A weight in the layout it is used in: whole along the mesh axes that split the batch.
+  """A weight in the layout it is used in, that of `used`.
 
   The forward pass gathers the FSDP shards, the backward pass leaves the gradient where the
   `gradients` rules want it.
   """
   if current() is None:
     return w
-  stored, left = spec(*axes, kind='gradients'), _without_batch_axes(spec(*axes, kind='weights'))
+  stored, left = spec(*axes, kind='gradients'), used(*axes)
   if is_explicit():
     return jax.sharding.reshard(w, left)
 
@@ -215,18 +218,26 @@ def gather(w: jax.Array, axes: tuple[str | None, ...]) -> jax.Array:
 
 def settle(w: jax.Array, axes: tuple[str | None, ...]) -> jax.Array:
   """What `gather` returned, constrained to stay there: its gradient is gathered too before it is split."""
-  return constrain(w, _without_batch_axes(spec(*axes, kind='weights')))
+  return constrain(w, used(*axes))
 
 
-def _without_batch_axes(partition: PartitionSpec) -> PartitionSpec:
+def used(*axes: str | None) -> PartitionSpec:
+  """Where a weight is when it is multiplied with: whole along the mesh axes that split the batch.
+
+  Not so the experts, a leading axis 'expert': these stay where they are, and tokens are sent to them.
+  """
   batch = set(_rules.get()['activations']['batch'])
   entries = []
-  for entry in partition:
-    left = tuple(
-      a for a in (entry if isinstance(entry, tuple) else (entry,)) if a and a not in batch
-    )
+  for i, entry in enumerate(spec(*axes, kind='weights')):
+    stay = i == 0 and axes[0] == 'expert'
+    left = tuple(a for a in named(entry) if stay or a not in batch)
     entries.append(left if len(left) > 1 else (left[0] if left else None))
   return PartitionSpec(*entries)
+
+
+def named(entry: Any) -> tuple[str, ...]:
+  """The mesh axes of one entry of a `PartitionSpec`."""
+  return entry if isinstance(entry, tuple) else (entry,) if entry else ()
 
 
 def shardings(axes: Any, shapes: Any, kind: str = 'weights', on: Any = None) -> Any:
@@ -297,6 +308,6 @@ def check_batch(size: int, microbatches: int = 1) -> None:
   if size // microbatches % ways:
     raise UserError(
       f'{microbatches} microbatch(es) of {size // microbatches} examples do not divide over '
-      f'{ways} devices (mesh axes data x fsdp): '
+      f'{ways} devices (mesh axes data x fsdp x expert): '
       f'choose a batch that is a multiple of {ways * microbatches}'
     )

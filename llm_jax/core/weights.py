@@ -120,6 +120,11 @@ def dense(w: Any, dtype: Any = jnp.float32) -> jax.Array:
   return _dense(w).astype(dtype)
 
 
+def ready(w: Any, letters: str, dtype: Any) -> jax.Array:
+  """Any leaf type as a plain array where it is used (`mesh.used`), for products that no einsum says."""
+  return mesh.gather(_dense(w).astype(dtype), axes_of(letters))
+
+
 def _contract(eq: str, x: jax.Array, w: jax.Array, dtype: Any) -> jax.Array:
   operands, out = eq.split('->')
   w = mesh.gather(w.astype(x.dtype), axes_of(operands.split(',')[1]))

@@ -4,12 +4,23 @@ A setting that would change the numbers and that our model does not have is refu
 """
 
 import itertools
+import math
 from collections.abc import Callable, Mapping
 from typing import Any
 
 from llm_jax.core.config import ConfigDict, use
 from llm_jax.core.errors import UserError, nearest
-from llm_jax.model import attention, block, ffn, heads, kernels, norms, positions, transformer
+from llm_jax.model import (
+  attention,
+  block,
+  extension,
+  ffn,
+  heads,
+  kernels,
+  norms,
+  positions,
+  transformer,
+)
 
 Settings = Mapping[str, Any]  # a config.json
 
@@ -52,16 +63,72 @@ def activation(name: str) -> ConfigDict:
 
 
 def rotation(c: Settings, fn: Callable = positions.rope, fraction: float = 1.0) -> ConfigDict:
-  """RoPE as a config says; transformers 5 keeps it in `rope_parameters`."""
+  """RoPE as a config says; transformers 5 keeps it in `rope_parameters`, older ones the scaling in `rope_scaling`."""
   told = dict(get(c, 'rope_parameters', 'rope_scaling', default={}))
-  kind = told.get('rope_type', told.get('type', 'default'))
-  if kind != 'default':
-    raise UserError(
-      f'config.json has RoPE of type {kind!r}, which is not supported: only the default is'
-    )
   base = told.get('rope_theta', get(c, 'rope_theta', 'rotary_emb_base', default=10_000.0))
   fraction = told.get('partial_rotary_factor', fraction)
-  return use(fn, base=float(base), fraction=float(fraction))
+  return use(fn, base=float(base), fraction=float(fraction), scaling=_scaling(c, told))
+
+
+def _scaling(c: Settings, told: dict) -> ConfigDict | None:
+  """What a config says about frequencies for longer contexts."""
+  kind = told.get('rope_type', told.get('type', 'default'))
+  if kind == 'default':
+    return None
+  if kind not in SCALINGS:
+    raise UserError(
+      f'config.json has RoPE of type {kind!r}, which is not supported: {nearest(kind, SCALINGS)}'
+    )
+  length = get(c, 'max_position_embeddings')
+  keys = ('original_max_position_embeddings',)
+  original = get(told, *keys, default=get(c, *keys, default=length))
+  factor = told.get('factor') or length / original
+  return SCALINGS[kind](told, float(factor), original, length)
+
+
+def _linear(told: dict, factor: float, original: int, length: int) -> ConfigDict:
+  return use(extension.interpolation, factor=factor)
+
+
+def _dynamic(told: dict, factor: float, original: int, length: int) -> ConfigDict:
+  return use(extension.dynamic_ntk, factor=factor, original_length=length)
+
+
+def _llama3(told: dict, factor: float, original: int, length: int) -> ConfigDict:
+  turns = {n: float(get(told, f'{n}_freq_factor')) for n in ('low', 'high')}
+  return use(extension.llama3, factor=factor, original_length=original, **turns)
+
+
+def _yarn(told: dict, factor: float, original: int, length: int) -> ConfigDict:
+  expect(told, truncate=True)
+  attention, scales = told.get('attention_factor'), ('mscale', 'mscale_all_dim')
+  if attention is None and all(told.get(name) for name in scales):
+    up, down = (0.1 * told[name] * math.log(max(factor, 1.0)) + 1.0 for name in scales)
+    attention = up / down
+  turns = {n: float(told.get(f'beta_{n}') or d) for n, d in (('fast', 32), ('slow', 1))}
+  return use(
+    extension.yarn,
+    factor=factor,
+    original_length=original,
+    attention=None if attention is None else float(attention),
+    **turns,
+  )
+
+
+def _longrope(told: dict, factor: float, original: int, length: int) -> ConfigDict:
+  attention = told.get('attention_factor')
+  return use(
+    extension.longrope,
+    short=tuple(map(float, get(told, 'short_factor'))),
+    long=tuple(map(float, get(told, 'long_factor'))),
+    factor=factor,
+    original_length=original,
+    attention=None if attention is None else float(attention),
+  )
+
+
+# rope_type -> a function of (rope_parameters, factor, length of training, length of the config)
+SCALINGS = dict(linear=_linear, dynamic=_dynamic, llama3=_llama3, yarn=_yarn, longrope=_longrope)
 
 
 def window(c: Settings) -> int | None:

@@ -26,7 +26,7 @@ class Context(NamedTuple):
   mask: who sees whom. positions: int [batch or 1, t]. bias: f32, broadcastable to [batch, heads, t, s], added to the
   logits.
   rng: the layer's dropout key, None for none. encoded: [batch, s, embed], what cross-attention reads. encoded_mask: who
-  sees whom there.
+  sees whom there. ids: int [batch, t], the tokens themselves.
   """
 
   mask: Mask
@@ -35,6 +35,7 @@ class Context(NamedTuple):
   rng: jax.Array | None = None
   encoded: jax.Array | None = None
   encoded_mask: Mask = Mask()
+  ids: jax.Array | None = None
 
 
 def _sizes(module: nn.Module, embed: int) -> tuple[int, int, int]:
@@ -97,8 +98,10 @@ class SelfAttention(nn.Module):
   heads: of the queries. groups: of keys and values, None = heads. head_dim: None = embed / heads. bias: on all four
   projections; out_bias: where the last one differs. qk_norm: of each head's queries and keys, before they are rotated
   (QK-norm; Dehghani et al. 2023, arXiv:2302.05442, section 2.1). rotate: a rotation of queries and keys by their
-  positions, or None. window, sinks, sees: a sparse pattern, see model/masks.py. scale: of the logits, None =
-  1/sqrt(head_dim). cap: soft cap of the logits. dropout: on the probabilities.
+  positions, or None. relative: a module that makes the logits depend on distances, instead of `rotate` (see
+  model/positions.py): (q, k, positions, mask, embed, scale) -> (q, k, bias of the logits), with `k` as the state keeps
+  it. window, sinks, sees: a sparse pattern, see model/masks.py. scale: of the logits, None = 1/sqrt(head_dim). cap:
+  soft cap of the logits. dropout: on the probabilities.
   """
 
   heads: int
@@ -108,6 +111,7 @@ class SelfAttention(nn.Module):
   out_bias: bool | None = None
   qk_norm: Callable | None = None
   rotate: Callable | None = positions.rope
+  relative: Callable | None = None
   window: int | None = None
   sinks: int = 0
   sees: Callable | None = None
@@ -127,17 +131,30 @@ class SelfAttention(nn.Module):
     if self.qk_norm is not None:
       q, k = self.qk_norm(name='query_norm')(q), self.qk_norm(name='key_norm')(k)
     if self.rotate is not None:
-      q, k = self.rotate(q, ctx.positions), self.rotate(k, ctx.positions)
+      q, k = self.rotate(q, k, ctx.positions)
     places = ctx.positions
     if state is not None:
       state = write(state, dict(k=k, v=v), ctx.mask.queries)
       k, v = (state[name].astype(q.dtype) for name in ('k', 'v'))
       places = jnp.arange(k.shape[1])[None]
-    mask = ctx.mask
     if self.window is not None or self.sees is not None:
       pattern = dict(window=self.window, sinks=self.sinks, sees=self.sees)
-      mask = mask._replace(**pattern, places=(ctx.positions, places))
-    return _output(self, _attend(self, q, k, v, mask, ctx, ctx.bias), x.shape[-1]), state
+      ctx = ctx._replace(mask=ctx.mask._replace(**pattern, places=(ctx.positions, places)))
+    q, k, bias = self._distances(q, k, ctx, x.shape[-1])
+    return _output(self, _attend(self, q, k, v, ctx.mask, ctx, bias), x.shape[-1]), state
+
+  @nn.nowrap
+  def _distances(self, q: jax.Array, k: jax.Array, ctx: Context, embed: int) -> tuple:
+    """(q, k, bias of the logits) after `relative`."""
+    if self.relative is None:
+      return q, k, ctx.bias
+    if self.rotate is not None or self.cap is not None:
+      raise UserError(
+        'SelfAttention(relative=...) has neither a rotation nor a cap: set rotate=None, cap=None'
+      )
+    scale = q.shape[-1] ** -0.5 if self.scale is None else self.scale
+    q, k, bias = self.relative(name='relative')(q, k, ctx.positions, ctx.mask, embed, scale)
+    return q, k, bias if ctx.bias is None else bias + ctx.bias
 
   @nn.nowrap
   def initial(self, batch: int, length: int, embed: int, dtype: Any) -> State:

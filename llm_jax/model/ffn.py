@@ -1,6 +1,7 @@
-"""Feed-forward sublayers: `(x, ctx) -> (y, aux)`, with `aux` a dict of scalar losses (empty for dense layers).
+"""Feed-forward sublayers: `(x, ctx) -> (y, aux)`, with `aux` a dict of losses (empty for dense layers).
 
-The context carries the dropout key, and for later layers what routing needs.
+A loss is f32 [batch]: its mean over the real tokens of each row, so that an objective can weigh it like the row. Names
+that begin with `seen/` are reported and not minimised. The context carries the dropout key and what routing needs.
 
 | unit | `Gated(activation=...)` |
 |---|---|
@@ -14,7 +15,7 @@ Activations are recomputed in the backward pass: it is cheaper to evaluate them 
 """
 
 from collections.abc import Callable
-from typing import Any
+from typing import Any, ClassVar
 
 import flax.linen as nn
 import jax
@@ -84,6 +85,7 @@ def _down(module: nn.Module, h: jax.Array, embed: int, rng: jax.Array | None) ->
 class MLP(nn.Module):
   """activation(x W_up) W_down (Vaswani et al. 2017, arXiv:1706.03762, eq. 2)."""
 
+  inward: ClassVar[tuple[str, ...]] = ('up',)
   hidden: int
   activation: Callable = gelu
   bias: bool = False
@@ -91,13 +93,19 @@ class MLP(nn.Module):
 
   @nn.compact
   def __call__(self, x: jax.Array, ctx: Any) -> tuple[jax.Array, dict[str, jax.Array]]:
-    h = jax.checkpoint(self.activation)(_up(self, 'up', x))
+    h = self.unit(*(_up(self, name, x) for name in self.inward))
     return _down(self, h, x.shape[-1], ctx.rng), {}
+
+  @nn.nowrap
+  def unit(self, up: jax.Array) -> jax.Array:
+    """What the products `inward` become."""
+    return jax.checkpoint(self.activation)(up)
 
 
 class Gated(nn.Module):
   """(activation(x W_gate) * x W_up) W_down (Shazeer 2020, arXiv:2002.05202, eq. 6)."""
 
+  inward: ClassVar[tuple[str, ...]] = ('gate', 'up')
   hidden: int
   activation: Callable = silu
   bias: bool = False
@@ -105,6 +113,10 @@ class Gated(nn.Module):
 
   @nn.compact
   def __call__(self, x: jax.Array, ctx: Any) -> tuple[jax.Array, dict[str, jax.Array]]:
-    gated = jax.checkpoint(lambda gate, up: self.activation(gate) * up)
-    h = gated(_up(self, 'gate', x), _up(self, 'up', x))
+    h = self.unit(*(_up(self, name, x) for name in self.inward))
     return _down(self, h, x.shape[-1], ctx.rng), {}
+
+  @nn.nowrap
+  def unit(self, gate: jax.Array, up: jax.Array) -> jax.Array:
+    """What the products `inward` become."""
+    return jax.checkpoint(lambda gate, up: self.activation(gate) * up)(gate, up)

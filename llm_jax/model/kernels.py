@@ -233,3 +233,15 @@ def _split_heads(bias: jax.Array, groups: int) -> jax.Array:
   """[b or 1, h or 1, t, s] -> [b or 1, g or 1, h/g, t, s]."""
   b, h, t, s = bias.shape
   return bias[:, :, None] if h == 1 or h == groups else bias.reshape(b, groups, h // groups, t, s)
+
+
+def products(q: jax.Array, k: jax.Array) -> jax.Array:
+  """q k^T, f32 [b, h, t, s], for what needs logits of its own: q [b, t, h, k], k [b, s, g, k]."""
+  k = repeat(k, q.shape[2])
+  return jnp.einsum('bthk,bshk->bhts', q, k, preferred_element_type=jnp.float32)
+
+
+def repeat(k: jax.Array, heads: int) -> jax.Array:
+  """[b, s, g, k] -> [b, s, h, k]: every key as often as query heads share it."""
+  out = mesh.spec('batch', 'length', 'heads', 'head_dim') if mesh.is_explicit() else None
+  return k if k.shape[2] == heads else jnp.repeat(k, heads // k.shape[2], axis=2, out_sharding=out)

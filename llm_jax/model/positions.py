@@ -3,13 +3,20 @@
 | enters | argument | here |
 |---|---|---|
 | the embedding | `transformer.causal(positions=...)` | `Sinusoidal`, `Learned` |
-| queries and keys | `SelfAttention(rotate=...)` | `rope`, `rope_interleaved` |
-| the logits | `transformer.causal(bias=...)` | `Alibi`, `Buckets` |
+| queries and keys | `SelfAttention(rotate=...)` | `rope`, `rope_interleaved`, `xpos`, `xpos_interleaved` |
+| the logits, from the positions alone | `transformer.causal(bias=...)` | `Alibi`, `Buckets` |
+| the logits, with queries and keys | `SelfAttention(relative=...)` | `TransformerXL`, `extension.ReRoPE` |
 
-Use none of them for a causal decoder without positions (NoPE).
+Use none of them for a causal decoder without positions (NoPE). A rotation is a function
+
+    rotate(q [b, t, h, k], k [b, s, g, k], positions [b or 1, t], keys=None) -> (q, k)
+
+with `keys` [b or 1, s] the positions of the keys where they are not those of the queries. Its frequencies can be
+rescaled for longer contexts: `rope(..., scaling=...)` takes the functions of model/extension.py.
 """
 
 import math
+from collections.abc import Callable
 
 import flax.linen as nn
 import jax
@@ -19,6 +26,7 @@ import numpy as np
 from llm_jax.core import mesh, weights
 from llm_jax.core.errors import UserError
 from llm_jax.model import param
+from llm_jax.model.masks import Mask
 
 
 class Sinusoidal(nn.Module):
@@ -31,10 +39,14 @@ class Sinusoidal(nn.Module):
   def __call__(self, positions: jax.Array, embed: int, length: int | None) -> jax.Array:
     """positions: int [batch or 1, t]. Returns f32 [batch or 1, t, embed]."""
     del length
-    angle = positions[..., None] * frequencies(embed, self.base)
-    return jnp.stack([jnp.sin(angle), jnp.cos(angle)], axis=-1).reshape(*positions.shape, -1)[
-      ..., :embed
-    ]
+    return sinusoids(positions, embed, self.base)
+
+
+def sinusoids(positions: jax.Array, embed: int, base: float = 10000.0) -> jax.Array:
+  """f32 [..., embed] for int [...]: what `Sinusoidal` adds."""
+  angle = positions[..., None] * frequencies(embed, base).astype(np.float32)
+  waves = jnp.stack([jnp.sin(angle), jnp.cos(angle)], axis=-1)
+  return waves.reshape(*positions.shape, -1)[..., :embed]
 
 
 class Learned(nn.Module):
@@ -52,32 +64,34 @@ class Learned(nn.Module):
 
 
 def frequencies(size: int, base: float) -> np.ndarray:
-  """f32 [ceil(size / 2)]: base^(-2i / size)."""
-  return (base ** (-np.arange(0, size, 2, dtype=np.float64) / size)).astype(np.float32)
+  """f64 [ceil(size / 2)]: base^(-2i / size), in radians per position."""
+  return base ** (-np.arange(0, size, 2, dtype=np.float64) / size)
 
 
-def _rotation(
-  x: jax.Array, positions: jax.Array, base: float, fraction: float
-) -> tuple[jax.Array, jax.Array, int]:
-  """(cos, sin) f32 [batch or 1, t, 1, rotated / 2] and the number of rotated entries of a head."""
-  rotated = 2 * round(x.shape[-1] * fraction / 2)
-  if not 0 < rotated <= x.shape[-1]:
+def _angles(
+  q: jax.Array,
+  positions: jax.Array,
+  keys: jax.Array | None,
+  base: float,
+  fraction: float,
+  scaling: Callable | None,
+) -> tuple[int, float, list[jax.Array]]:
+  """How many entries of a head rotate, what multiplies them, and the angles f32 [batch or 1, t, 1, rotated / 2] of
+  queries and keys (one array where their positions are the same)."""
+  rotated = 2 * round(q.shape[-1] * fraction / 2)
+  if not 0 < rotated <= q.shape[-1]:
     raise UserError(
-      f'rope: fraction={fraction} of a head of {x.shape[-1]} rotates {rotated} entries; choose one in (0, 1]'
+      f'rope: fraction={fraction} of a head of {q.shape[-1]} rotates {rotated} entries; choose one in (0, 1]'
     )
-  angle = (positions[..., None] * frequencies(rotated, base))[:, :, None, :]
-  return jnp.cos(angle), jnp.sin(angle), rotated
+  theta, factor = frequencies(rotated, base), 1.0
+  if scaling is not None:
+    theta, factor = scaling(theta, jnp.max(positions, axis=1)[:, None, None] + 1)
+  where = [positions] if keys is None else [positions, keys]
+  return rotated, factor, [(p[..., None] * jnp.float32(theta))[:, :, None, :] for p in where]
 
 
-def rope(
-  x: jax.Array, positions: jax.Array, *, base: float = 10000.0, fraction: float = 1.0
-) -> jax.Array:
-  """Rotary positions on the pairs (i, i + n/2) of the first n = fraction * head_dim entries (NeoX and LLaMA layout).
-
-  x: [batch, t, heads, head_dim], positions: int [batch or 1, t]. Pair i turns by p * base^(-2i/n)
-  (Su et al. 2021, arXiv:2104.09864, eq. 34).
-  """
-  cos, sin, n = _rotation(x, positions, base, fraction)
+def _halves(x: jax.Array, cos: jax.Array, sin: jax.Array, n: int) -> jax.Array:
+  """Rotates the pairs (i, i + n/2) of the first n entries."""
   cos, sin = jnp.concatenate([cos, cos], axis=-1), jnp.concatenate([-sin, sin], axis=-1)
   turned, rest = x[..., :n], x[..., n:]
   # rolled rather than put together from two halves: on CPU the gradient of that costs as much as a projection
@@ -85,14 +99,102 @@ def rope(
   return turned if n == x.shape[-1] else jnp.concatenate([turned, rest], axis=-1)
 
 
-def rope_interleaved(
-  x: jax.Array, positions: jax.Array, *, base: float = 10000.0, fraction: float = 1.0
-) -> jax.Array:
-  """`rope` on the neighbouring pairs (2i, 2i + 1): the layout of the paper, GPT-J and GLM."""
-  cos, sin, n = _rotation(x, positions, base, fraction)
+def _neighbours(x: jax.Array, cos: jax.Array, sin: jax.Array, n: int) -> jax.Array:
+  """Rotates the pairs (2i, 2i + 1) of the first n entries."""
   even, odd, rest = x[..., 0:n:2], x[..., 1:n:2], x[..., n:]
   turned = jnp.stack([even * cos - odd * sin, odd * cos + even * sin], axis=-1)
   return jnp.concatenate([turned.reshape(*x.shape[:-1], n).astype(x.dtype), rest], axis=-1)
+
+
+def _rope(turn, q, k, positions, keys, base, fraction, scaling) -> tuple[jax.Array, jax.Array]:
+  n, factor, angles = _angles(q, positions, keys, base, fraction, scaling)
+  waves = [(jnp.cos(a), jnp.sin(a)) for a in angles]
+  if factor != 1:
+    waves = [(factor * cos, factor * sin) for cos, sin in waves]
+  return turn(q, *waves[0], n), turn(k, *waves[-1], n)
+
+
+def rope(
+  q: jax.Array,
+  k: jax.Array,
+  positions: jax.Array,
+  keys: jax.Array | None = None,
+  *,
+  base: float = 10000.0,
+  fraction: float = 1.0,
+  scaling: Callable | None = None,
+) -> tuple[jax.Array, jax.Array]:
+  """Rotary positions on the pairs (i, i + n/2) of the first n = fraction * head_dim entries (NeoX and LLaMA layout).
+
+  q: [batch, t, heads, head_dim], k: [batch, s, groups, head_dim], positions: [batch or 1, t], keys: the positions of
+  `k`, None when they are those of `q`. Pair i turns by p * base^(-2i/n) (Su et al. 2021, arXiv:2104.09864, eq. 34).
+  base: a larger one stretches all wavelengths 2 pi base^(2i/n) but the first: 5e5 for LLaMA-2 Long (Xiong et al. 2023,
+  arXiv:2309.16039), 1e6 for Code LLaMA (Roziere et al. 2023, arXiv:2308.12950); 500 makes all of them shorter than 4k
+  (Liu et al. 2023, arXiv:2310.05209). scaling: of the frequencies, see model/extension.py.
+  """
+  return _rope(_halves, q, k, positions, keys, base, fraction, scaling)
+
+
+def rope_interleaved(
+  q: jax.Array,
+  k: jax.Array,
+  positions: jax.Array,
+  keys: jax.Array | None = None,
+  *,
+  base: float = 10000.0,
+  fraction: float = 1.0,
+  scaling: Callable | None = None,
+) -> tuple[jax.Array, jax.Array]:
+  """`rope` on the neighbouring pairs (2i, 2i + 1): the layout of the paper, GPT-J and GLM."""
+  return _rope(_neighbours, q, k, positions, keys, base, fraction, scaling)
+
+
+def _xpos(turn, q, k, positions, keys, base, fraction, scaling, gamma, unit):
+  n, factor, angles = _angles(q, positions, keys, base, fraction, scaling)
+  zeta = (np.arange(0, n, 2) / n + gamma) / (1 + gamma)
+
+  def wave(p: jax.Array, angle: jax.Array, sign: int) -> tuple[jax.Array, jax.Array]:
+    size = factor * jnp.exp(sign * p[:, :, None, None] / unit * np.log(zeta).astype(np.float32))
+    return size * jnp.cos(angle), size * jnp.sin(angle)
+
+  q = turn(q, *wave(positions, angles[0], 1), n)
+  return q, turn(k, *wave(positions if keys is None else keys, angles[-1], -1), n)
+
+
+def xpos(
+  q: jax.Array,
+  k: jax.Array,
+  positions: jax.Array,
+  keys: jax.Array | None = None,
+  *,
+  base: float = 10000.0,
+  fraction: float = 1.0,
+  scaling: Callable | None = None,
+  gamma: float = 0.4,
+  unit: float = 512.0,
+) -> tuple[jax.Array, jax.Array]:
+  """`rope` whose products decay with the distance: pair i of a query at m is multiplied by zeta_i^(m/unit), of a key
+  at n by zeta_i^(-n/unit), with zeta_i = (2i/n + gamma) / (1 + gamma) (Sun et al. 2022, arXiv:2212.10554).
+
+  Only m - n matters to the logits, but the factors themselves leave the range of f32 beyond some 60 units.
+  """
+  return _xpos(_halves, q, k, positions, keys, base, fraction, scaling, gamma, unit)
+
+
+def xpos_interleaved(
+  q: jax.Array,
+  k: jax.Array,
+  positions: jax.Array,
+  keys: jax.Array | None = None,
+  *,
+  base: float = 10000.0,
+  fraction: float = 1.0,
+  scaling: Callable | None = None,
+  gamma: float = 0.4,
+  unit: float = 512.0,
+) -> tuple[jax.Array, jax.Array]:
+  """`xpos` on the neighbouring pairs (2i, 2i + 1): the layout of the paper and RetNet."""
+  return _xpos(_neighbours, q, k, positions, keys, base, fraction, scaling, gamma, unit)
 
 
 def alibi_slopes(heads: int) -> np.ndarray:
@@ -157,3 +259,48 @@ class Buckets(nn.Module):
     # One-hot product rather than a gather: its gradient is a matmul, not a scatter of t * s rows into 32.
     one_hot = jax.nn.one_hot(ids, self.buckets, dtype=table.dtype)
     return jnp.einsum('btsn,nh->bhts', one_hot, table)
+
+
+class TransformerXL(nn.Module):
+  """Logits that also depend on the distance (Dai et al. 2019, arXiv:1901.02860, section 3.3; Gopher, arXiv:2112.11446).
+
+      scale * ((q_i + u) k_j + (q_i + v) W r(i - j)),    r the sinusoids of the distance
+
+  for `SelfAttention(rotate=None, relative=TransformerXL)`. W [embed, heads, head_dim], u and v [heads, head_dim] are
+  those of the layer. Distances count slots, which inside a segment are positions.
+  """
+
+  base: float = 10000.0
+
+  @nn.compact
+  def __call__(
+    self, q: jax.Array, k: jax.Array, positions: jax.Array, mask: Mask, embed: int, scale: float
+  ) -> tuple[jax.Array, jax.Array, jax.Array]:
+    """q: [batch, t, heads, head_dim], k: [batch, s, groups, head_dim]. Returns q + u, k, f32 [batch, heads, t, s]."""
+    del positions
+    shape, axes, s = q.shape[2:], ('heads', 'head_dim'), k.shape[1]
+    w = param.weight(self, 'key', (embed, *shape), ('embed', *axes), 'key')
+    u = param.weight(self, 'content_bias', shape, axes, param.zeros)
+    v = param.weight(self, 'position_bias', shape, axes, param.zeros)
+    # from the farthest key before a query to itself, or to the farthest after it
+    distances = jnp.arange(s - 1, -1 if mask.causal and mask.prefix is None else -s, -1)
+    r = weights.einsum('td,dhk->thk', sinusoids(distances, embed, self.base).astype(q.dtype), w)
+    y = jnp.einsum('bthk,shk->bhts', weights.add(q, v, 'hk'), r, preferred_element_type=jnp.float32)
+    if mask.queries is None:
+      y = _shift(y)
+    else:
+      column = s - 1 - mask.queries[:, :, None] + jnp.arange(s)
+      y = jnp.take_along_axis(y, jnp.clip(column, 0, y.shape[-1] - 1)[:, None], axis=-1)
+    return weights.add(q, u, 'hk'), k, scale * y
+
+
+def _shift(y: jax.Array) -> jax.Array:
+  """[b, h, t, n] by distance t-1, t-2, ... -> [b, h, t, t] by key, without a gather (Dai et al. 2019, appendix B)."""
+  b, h, t, n = y.shape
+  flat = jnp.pad(y, ((0, 0), (0, 0), (0, 0), (1, 0))).reshape(b, h, t * (n + 1))
+  return flat[:, :, t:].reshape(b, h, t, n)[..., :t]
+
+
+def of_keys(positions: jax.Array, mask: Mask, count: int) -> jax.Array:
+  """The positions [batch or 1, count] of a self-attention's keys: those of the queries, or the slots of its state."""
+  return positions if mask.queries is None else jnp.arange(count)[None]

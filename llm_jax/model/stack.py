@@ -7,7 +7,7 @@ runs it: a checkpoint never depends on how it was executed. A runner is
     runner(apply, params, x, states, repeats, *, remat) -> (x, states, aux)
     apply(params of one repeat, x, states of one repeat, index) -> (x, states, aux)
 
-with `aux` a dict of scalars, summed over the layers.
+with `aux` a dict of losses [batch], summed over the layers.
 """
 
 import functools
@@ -67,7 +67,8 @@ def keys(stack: tuple[Segment, ...]) -> list[str]:
 def declare(stack: tuple[Segment, ...], embed: int) -> dict:
   """The declared weights of all segments, stacked."""
   x = jnp.zeros((1, 1, embed))
-  ctx = Context(Mask(causal=True), jnp.zeros((1, 1), jnp.int32), encoded=x)
+  ids = jnp.zeros((1, 1), jnp.int32)
+  ctx = Context(Mask(causal=True), ids, encoded=x, ids=ids)
   return {
     key: {
       f'block_{i}': param.stack(param.declare(block, x, ctx), segment.repeats)
@@ -127,7 +128,7 @@ def _repeat(blocks: tuple[Block, ...], ctx: Context, first: int) -> Callable:
 
 
 def add(a: dict[str, jax.Array], b: dict[str, jax.Array]) -> dict[str, jax.Array]:
-  """The sums by name of two dicts of scalars."""
+  """The sums by name of two dicts of losses."""
   return {**a, **{name: a[name] + value if name in a else value for name, value in b.items()}}
 
 

@@ -36,8 +36,8 @@ PADDED = -1e30  # the logit of a row that pads the vocabulary: probability 0, an
 class Hidden(NamedTuple):
   """What the layers make of a batch.
 
-  x: [batch, length, embed], after the final norm. states: as given, moved on; None without. aux: scalar losses by name,
-  summed over layers.
+  x: [batch, length, embed], after the final norm. states: as given, moved on; None without. aux: losses by name, [batch],
+  each the mean over a row's tokens, summed over layers (see `model/ffn.py`).
   """
 
   x: jax.Array
@@ -240,7 +240,8 @@ def _decoder_only(ends: _Ends, decoder: _Stack) -> Model:
     seen = _prefix(batch, keys) if ends.kind == 'prefix' else None
     slots = None if states is None else batch.get('slots', positions)
     mask = Mask(True, seen, segments, slots, windows=_windows(batch, states))
-    ctx = Context(mask, positions, _bias(decoder, params, mask, x.shape[1], keys), rngs[1])
+    bias = _bias(decoder, params, mask, x.shape[1], keys)
+    ctx = Context(mask, positions, bias, rngs[1], ids=batch['inputs'])
     return _run(decoder, params, x, ctx, states)
 
   def states(params: Params, batch: Batch, length: int) -> dict:
@@ -258,7 +259,8 @@ def _encoder_decoder(ends: _Ends, encoder: _Stack, decoder: _Stack) -> Model:
       encoder, ends, params, batch['encoder/inputs'], batch.get('encoder/positions'), rngs[0]
     )
     mask = Mask(segments=None if segments is None else (segments, segments))
-    ctx = Context(mask, positions, _bias(encoder, params, mask, x.shape[1], x.shape[1]), rngs[1])
+    bias = _bias(encoder, params, mask, x.shape[1], x.shape[1])
+    ctx = Context(mask, positions, bias, rngs[1], ids=batch['encoder/inputs'])
     return _run(encoder, params, x, ctx, None)
 
   def hidden(
@@ -271,7 +273,8 @@ def _encoder_decoder(ends: _Ends, encoder: _Stack, decoder: _Stack) -> Model:
     segments = None if states is not None or 'segments' not in batch else (batch['segments'],) * 2
     mask = Mask(True, None, segments, None if states is None else positions)
     bias = _bias(decoder, params, mask, x.shape[1], keys)
-    ctx = Context(mask, positions, bias, rngs[1], read and read.x, _encoded_mask(batch, segments))
+    encoded = (read and read.x, _encoded_mask(batch, segments))
+    ctx = Context(mask, positions, bias, rngs[1], *encoded, ids=batch['inputs'])
     found = _run(decoder, params, x, ctx, states)
     return found._replace(aux=stack.add(read.aux, found.aux)) if read else found
 
@@ -322,7 +325,13 @@ def _model(
     return jnp.where(jnp.arange(ends.rows) < ends.vocab, y, PADDED)
 
   return Model(
-    init, param.unbox(boxes)[1], hidden, logits, head, states, describe(ends, boxes, decoder, encoder)
+    init,
+    param.unbox(boxes)[1],
+    hidden,
+    logits,
+    head,
+    states,
+    describe(ends, boxes, decoder, encoder),
   )
 
 

@@ -32,8 +32,9 @@ def next_token(
   length whose logits exist at one time, None for all. 32 was the fastest of 8 to 128 on
   CPU at 8 rows and 32k tokens (145 MiB of temporaries; None: 1.5 GiB); a multiple suits accelerators with few rows.
 
-  The sum has all penalties, `hidden`'s auxiliary losses included. Metrics: `nats` the cross entropy without any
-  penalty, `accuracy`, `z_loss`, and the auxiliary losses.
+  The sum has all penalties. `hidden`'s auxiliary losses, one per row, count with the weight of the row's targets, so
+  they too are the same for any number of microbatches and devices. Metrics: `nats` the cross entropy without any
+  penalty, `accuracy`, `z_loss`, and the auxiliary losses; those named `seen/` are only reported.
   """
   _check(z_loss, label_smoothing, chunk)
   targets = batch['targets']
@@ -43,8 +44,10 @@ def next_token(
   penalty = cross_entropy.Penalty(z_loss, label_smoothing, model.card.vocab)
   scored = (model.logits, model.head(params), x, targets, weights, penalty)
   terms = cross_entropy.whole(*scored) if chunk is None else cross_entropy.fused(*scored, chunk)
+  aux = {name: (value * weights.sum(-1)).sum() for name, value in aux.items()}
   metrics = dict(nats=terms.nats, accuracy=terms.accuracy, z_loss=terms.z_loss, **aux)
-  return Loss(sum(aux.values(), terms.loss), weights.sum(), metrics)
+  losses = (value for name, value in aux.items() if not name.startswith('seen/'))
+  return Loss(sum(losses, terms.loss), weights.sum(), metrics)
 
 
 def _check(z_loss: float, label_smoothing: float, chunk: int | None) -> None:

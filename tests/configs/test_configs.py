@@ -171,6 +171,15 @@ def test_sizes_that_do_not_exist():
     config_lib.read(str(ROOT / 'configs/pretrain/llama.py'), 'sise=7b')
 
 
+def test_gpt3_alternates_dense_and_banded_layers():
+  c = read('configs/pretrain/gpt3.py', 'small,band=256')
+  card = build(c.model)().card
+  assert [(kind.repeats, kind.mixers[0].window) for kind in card.decoder] == [(6, None), (6, 256)]
+  dense = build(read('configs/pretrain/gpt3.py', 'small').model)().card
+  assert count.total(card) == count.total(dense)
+  assert sum(count.forward_flops(card, 2048).values()) < sum(count.forward_flops(dense, 2048).values())
+
+
 @pytest.mark.parametrize(('size', 'tokens'), [('small', 4), ('175b', 12)])
 def test_gpt3_counts_tokens_while_the_batch_grows(size, tokens):
   """The warm-up ends with 375M tokens, the cosine with 260B, the run with 300B, the growth after 4 to 12B."""
@@ -196,3 +205,25 @@ def test_llama_counts_tokens():
     c = read('configs/pretrain/llama.py', size)
     assert abs(c.steps * c.source.batch * c.source.length / tokens - 1) < 1e-5
     assert c.optimizer.schedule.steps == c.steps and c.optimizer.schedule.warmup == 2000
+
+
+def test_the_long_stage_takes_the_weights_of_the_short_one():
+  file = 'configs/pretrain/length_extension.py'
+  short, shapes = read(file, 'short'), {}
+  for method in ('none', 'interpolation', 'base', 'ntk', 'yarn'):
+    c = read(file, f'long,method={method}')
+    assert c.init.init_from == 'runs/short' and c.source.length == 4 * short.source.length
+    told = c.model.block.mixer.rotate
+    assert (told.scaling is None, told.base) == (
+      method in ('none', 'base'),
+      5e5 if method == 'base' else 1e4,
+    )
+    shapes[method] = jax.eval_shape(model_of(file, f'long,method={method}').init, jax.random.key(0))
+  first = jax.eval_shape(model_of(file, 'short').init, jax.random.key(0))
+  assert all(one == first for one in shapes.values())
+  for wrong, message in (
+    ('middle', "no stage 'middle'"),
+    ('long,method=yarm', "did you mean 'yarn'"),
+  ):
+    with pytest.raises(UserError, match=message):
+      read(file, wrong)

@@ -9,6 +9,7 @@ with the stored ones under `reference/` in `make test`, with fresh ones in `make
 
 import os
 import sys
+import tempfile
 
 SMALL = dict(vocab_size=24, tie_word_embeddings=False)
 LLAMA = dict(
@@ -23,6 +24,21 @@ LLAMA = dict(
 GPT = dict(vocab_size=24, n_embd=16, n_layer=2, n_head=4, n_positions=32)
 NO_DROPOUT = dict(attn_pdrop=0.0, embd_pdrop=0.0, resid_pdrop=0.0)
 T5 = dict(vocab_size=24, d_model=16, d_kv=4, d_ff=24, num_layers=2, num_heads=4, dropout_rate=0.0)
+# RoPE for contexts longer than those of training; the base makes all pairs turn within ten tokens
+LINEAR = dict(rope_theta=100.0, rope_type='linear', factor=2.0)
+DYNAMIC = dict(rope_theta=100.0, rope_type='dynamic', factor=2.0)
+LLAMA3 = dict(
+  rope_theta=100.0, rope_type='llama3', factor=4.0, low_freq_factor=0.3, high_freq_factor=1.0,
+  original_max_position_embeddings=8,
+)  # fmt: skip
+YARN = dict(
+  rope_theta=100.0, rope_type='yarn', factor=4.0, beta_fast=1.0, beta_slow=0.1,
+  original_max_position_embeddings=8,
+)  # fmt: skip
+QWEN_MOE = dict(
+  LLAMA, num_experts=4, num_experts_per_tok=2, moe_intermediate_size=12, shared_expert_intermediate_size=20
+)  # fmt: skip
+SWITCH = dict(T5, num_experts=4, num_sparse_encoder_layers=1, num_sparse_decoder_layers=1)
 STEPS, RATE, EPS = 3, 1e-2, 1e-3
 
 # folder: (name of the config's class, its arguments)
@@ -31,6 +47,10 @@ MODELS = {
   'gpt_bigcode': ('GPTBigCodeConfig', GPT | NO_DROPOUT | dict(multi_query=True)),
   'llama': ('LlamaConfig', LLAMA),
   'llama_tied': ('LlamaConfig', LLAMA | dict(tie_word_embeddings=True, rope_theta=500.0, head_dim=6)),
+  'llama_linear': ('LlamaConfig', LLAMA | dict(rope_parameters=LINEAR)),
+  'llama_dynamic': ('LlamaConfig', LLAMA | dict(rope_parameters=DYNAMIC, max_position_embeddings=4)),
+  'llama_llama3': ('LlamaConfig', LLAMA | dict(rope_parameters=LLAMA3, head_dim=8)),
+  'llama_yarn': ('LlamaConfig', LLAMA | dict(rope_parameters=YARN, head_dim=8)),
   'mistral': ('MistralConfig', LLAMA | dict(sliding_window=None)),
   'mistral_window': ('MistralConfig', LLAMA | dict(sliding_window=4)),
   'qwen2': ('Qwen2Config', LLAMA),
@@ -55,6 +75,13 @@ MODELS = {
   ),
   'gemma': ('GemmaConfig', LLAMA | dict(head_dim=8, tie_word_embeddings=True)),
   'phi3': ('Phi3Config', LLAMA | dict(pad_token_id=0, original_max_position_embeddings=32)),
+  'phi3_long': (
+    'Phi3Config',
+    LLAMA | dict(
+      pad_token_id=0, original_max_position_embeddings=8,
+      rope_parameters=dict(rope_theta=100.0, rope_type='longrope', short_factor=[1.0, 1.5], long_factor=[1.5, 4.0]),
+    ),
+  ),
   'stablelm': ('StableLmConfig', LLAMA | dict(partial_rotary_factor=0.5)),
   'starcoder2': ('Starcoder2Config', LLAMA | dict(tie_word_embeddings=True, sliding_window=None)),
   'opt': (
@@ -111,6 +138,20 @@ MODELS = {
     T5 | dict(feed_forward_proj='gated-gelu', tie_word_embeddings=False, num_decoder_layers=1, d_kv=6),
   ),
   'ul2': ('T5Config', T5 | dict(feed_forward_proj='gated-silu', tie_word_embeddings=False)),
+  'mixtral': (
+    'MixtralConfig', LLAMA | dict(num_local_experts=4, num_experts_per_tok=2, sliding_window=None),
+  ),
+  'qwen2_moe': ('Qwen2MoeConfig', QWEN_MOE),
+  'qwen2_moe_sparse': (
+    'Qwen2MoeConfig', QWEN_MOE | dict(num_hidden_layers=3, decoder_sparse_step=2, norm_topk_prob=True),
+  ),
+  'switch': ('SwitchTransformersConfig', SWITCH),
+  # every layer of the decoder a mixture, three of five of the encoder's pattern, tokens dropped
+  'switch_dropping': (
+    'SwitchTransformersConfig',
+    SWITCH | dict(num_layers=5, num_sparse_encoder_layers=2, num_decoder_layers=2, num_sparse_decoder_layers=2,
+                  expert_capacity=2, tie_word_embeddings=False),
+  ),
   'mt5': ('MT5Config', T5 | dict(feed_forward_proj='gated-gelu', tie_word_embeddings=False)),
 }  # fmt: skip
 
@@ -119,7 +160,7 @@ def write(folder: str, config: str, arguments: dict) -> None:
   """One model and what is expected of it."""
   import torch
   import transformers
-  from safetensors.torch import load_file, save_file
+  from safetensors.torch import save_file
 
   torch.manual_seed(0)
   told = getattr(transformers, config)(**arguments)
@@ -137,7 +178,6 @@ def write(folder: str, config: str, arguments: dict) -> None:
   for p in model.parameters():
     p.data += 0.2 * torch.randn_like(p)
   model.save_pretrained(folder)
-  saved = load_file(os.path.join(folder, 'model.safetensors'))
   # small ids pad in some models, whose embeddings then have no gradient
   ids, targets = torch.randint(4, 24, (2, 10)), torch.randint(24, (2, 10))
   encoder = torch.randint(4, 24, (2, 13))
@@ -155,12 +195,27 @@ def write(folder: str, config: str, arguments: dict) -> None:
     losses.append(loss.detach())
     if step == 0:
       expected['logits'] = logits.detach().clone()
-      for name, p in model.named_parameters():
-        name = name if name in saved else name.replace('lm_head', 'embed_out')  # GPT-NeoX
-        expected[f'gradient/{name}'] = torch.zeros_like(p) if p.grad is None else p.grad.clone()
+      expected |= {f'gradient/{name}': g for name, g in gradients(model).items()}
     tx.step()
   expected['losses'] = torch.stack(losses)
   save_file(expected, os.path.join(folder, 'expected.safetensors'))
+
+
+def gradients(model) -> dict:
+  """The gradients under the names that `save_pretrained` gives the parameters, which it may split and rename."""
+  import torch
+  from safetensors.torch import load_file
+
+  values = {name: p.data for name, p in model.named_parameters()}
+  for p in model.parameters():
+    p.data = torch.zeros_like(p) if p.grad is None else p.grad.clone()
+  with tempfile.TemporaryDirectory() as folder:
+    model.save_pretrained(folder)
+    found = load_file(os.path.join(folder, 'model.safetensors'))
+  for name, p in model.named_parameters():
+    p.data = values[name]
+  buffers = {name for name, _ in model.named_buffers()}
+  return {name: g.clone() for name, g in found.items() if name not in buffers}
 
 
 def main() -> None:

@@ -159,8 +159,8 @@ Q = 'model.layers.1.self_attn.q_proj.weight'
 WRONG = {
   'unknown architecture': (lambda f: change(f, model_type='lama'), "'lama'.*'llama'"),
   'unsupported setting': (
-    lambda f: change(f, rope_parameters=dict(rope_type='yarn')),
-    "RoPE of type 'yarn'.*not supported",
+    lambda f: change(f, rope_parameters=dict(rope_type='yarm', factor=2.0)),
+    "RoPE of type 'yarm'.*not supported.*'yarn'",
   ),
   'a window': (lambda f: change(f, sliding_window=8), 'sliding_window=8'),
   'a key is missing': (lambda f: change(f, vocab_size=None), "no 'vocab_size'"),

@@ -13,6 +13,7 @@ from llm_jax.core.errors import UserError
 from llm_jax.model import (
   attention,
   block,
+  extension,
   ffn,
   heads,
   init,
@@ -53,6 +54,9 @@ VARIANTS = dict(
   strided=dict(mixer=dict(sees=P(masks.strided, size=3))),
   factored=dict(embedding=P(heads.Embedding, rank=6)),
   deepnorm=dict(blocks=dict(residual=P(norms.deepnorm, alpha=2.0)), norm=None),
+  xpos=dict(mixer=dict(rotate=P(positions.xpos, unit=8.0))),
+  transformer_xl=dict(mixer=dict(rotate=None, relative=positions.TransformerXL)),
+  rerope=dict(mixer=dict(rotate=None, groups=2, relative=P(extension.ReRoPE, window=3, slope=0.5))),
 )
 SEEN = dict(window=(4, 1), banded=(3, 2))
 every = pytest.mark.parametrize('name', VARIANTS)
@@ -125,7 +129,20 @@ def decode(model, params, ids, chunks, batch=None):
   return jnp.concatenate(out, 1)
 
 
-@pytest.mark.parametrize('name', ['rope', 'learned', 'buckets', 'window', 'banded', 'strided'])
+WITH_STATE = [
+  'rope',
+  'learned',
+  'buckets',
+  'window',
+  'banded',
+  'strided',
+  'xpos',
+  'transformer_xl',
+  'rerope',
+]
+
+
+@pytest.mark.parametrize('name', WITH_STATE)
 def test_with_a_state_is_without(tiny, ids, model, name):
   params = tiny.large(model)
   full = tiny.forward(model)(params, dict(inputs=ids))
