@@ -93,18 +93,16 @@ def assemble(
   units = _units(unit, experts, top_k, every, {**unit, **(dense or {})})
   rest = dict(norm=part(norm), residual=part(residual))
   if kind == 'encoder_decoder':
-    builder['encoder_layers'], builder['encoder_block'] = _pattern(
-      'decoder', encoder_layers, units, **mixers, **rest
-    )
+    encoder = _pattern('decoder', units, **mixers, **rest)
+    builder |= dict(encoder_layers=encoder_layers, encoder_block=encoder)
     mixers['cross'] = use(load('llm_jax.model.attention:CrossAttention'), **attend)
   block = 'cross_decoder' if 'cross' in mixers else 'decoder'
-  many, pattern = _pattern(block, layers, units, **mixers, **rest)
   return use(
     load(f'llm_jax.model.transformer:{kind}'),
     vocab=vocab,
     embed=embed,
-    layers=many,
-    block=pattern,
+    layers=layers,
+    block=_pattern(block, units, **mixers, **rest),
     length=length,
     norm=part(norm) if final_norm else None,
     positions=part(positions),
@@ -148,10 +146,10 @@ def without_attention(
   )
 
 
-def _pattern(block: str, layers: int, units: tuple, **rest: Any) -> tuple[Any, Any]:
-  """`layers` and `block` of a builder: blocks that repeat the feed-forwards `units`."""
+def _pattern(block: str, units: tuple, **rest: Any) -> Any:
+  """The block of a builder, or the pattern of blocks that repeats the feed-forwards `units`."""
   made = tuple(use(load(f'llm_jax.model.block:{block}'), ffn=unit, **rest) for unit in units)
-  return (layers, made[0]) if len(made) == 1 else ((layers,), (made,))  # a pattern is a segment
+  return made if len(made) > 1 else made[0]
 
 
 def _units(

@@ -361,6 +361,22 @@ def test_flops_of_unequal_blocks_are_what_xla_counts():
   assert ours['mixer'] == 2 * length * 2 * 4 * 256 * 128 + 2 * 4 * 128 * length**2
 
 
+def test_flops_of_relative_positions_are_what_xla_counts():
+  mixer = part(
+    attention.SelfAttention, heads=4, rotate=None, relative=part(positions.TransformerXL)
+  )
+  made = part(block.decoder, mixer=mixer, ffn=part(ffn.MLP, hidden=512))
+  model = transformer.causal(vocab=256, embed=256, layers=2, block=made, runner=stack.loop)
+  assert count.total(model.card) == in_the_tree(model)
+  params, length = jax.eval_shape(model.init, jax.random.key(0)), 128
+  batch = dict(inputs=jax.ShapeDtypeStruct((1, length), jnp.int32))
+  forward = jax.jit(lambda params, batch: model.logits(params, model.hidden(params, batch).x))
+  xla = forward.lower(params, batch).cost_analysis()['flops']
+  ours = count.forward_flops(model.card, length, seen=1.0)
+  assert sum(ours.values()) <= xla <= 1.03 * sum(ours.values())
+  assert ours['scores'] == 2 * 6 * 256 * length**2  # with keys, with distances, with values
+
+
 def test_what_decoding_keeps_of_unequal_blocks():
   card, state = mixed().card, 4 * 2 * 64 * 64
   assert count.kv_bytes(card) == 2 * 2 * (4 * 2 * 64 + 1 * 2 * 32)
