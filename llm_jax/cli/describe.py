@@ -249,11 +249,10 @@ def _figure(row: Row) -> str:
     'checkpoint': 'the released checkpoint has as many',
     '': 'the sum of the published sizes',
   }
-  counted = (
-    f', counted without {row.without.replace("|", ", ").replace("^", "")}' if row.without else ''
-  )
+  counted = f', counted without what matches {row.without}' if row.without else ''
+  active = f', active {row.active_figure:,}' if row.active_figure else ''
   lacks = f', {row.lacks:,} of them not built' if row.lacks else ''
-  return f'\nto the last digit {row.figure:,}: {says[row.source]}{counted}{lacks}'
+  return f'\nto the last digit {row.figure:,}{active}: {says[row.source]}{counted}{lacks}'
 
 
 def _flops(card: Any, context: int, encoder: int) -> str:

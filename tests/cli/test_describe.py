@@ -57,6 +57,16 @@ def test_the_readme_shows_what_it_prints(capsys):
   assert out.endswith(shown[1])
 
 
+def test_experts_are_total_and_active_and_split_over_their_axis(capsys):
+  _, out, _ = run(capsys, '--model=mixtral_8x7b', '--mesh=expert=8')
+  assert line(out, 'all ') == ['46,702,792,704', '12,879,925,248']
+  assert line(out, 'published ') == ['46.7B', '12.9B']
+  assert '32 x attention of 32 heads of 128 (8 of keys), MoE experts=8 expert Gated' in out
+  experts = 32 * 8 * 3 * 4096 * 14336
+  held = 4 * (46_702_792_704 - experts + experts // 8)
+  assert line(out, 'weights ')[0] == f'{held:,}'
+
+
 def test_columns_are_aligned(capsys):
   _, out, _ = run(capsys, '--model=gpt2')
   block = next(b for b in out.split('\n\n') if b.startswith('parameters'))
