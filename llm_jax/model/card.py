@@ -48,7 +48,7 @@ class Card(NamedTuple):
 def describe(ends: Any, decoder: Any, encoder: Any | None) -> Card:
   """The card of a model from its parts in `transformer.py`."""
   block = decoder.segments[0].blocks[0]
-  mixer, feed, norm = block.mixers[0][1](), block.ffn(), block.norm()
+  mixer, feed, norm = block.mixers[0][1](), block.ffn and block.ffn(), block.norm()
   count = lambda part: sum(s.repeats * len(s.blocks) for s in part.segments) if part else 0
   bias, out_bias = bool(getattr(mixer, 'bias', False)), getattr(mixer, 'out_bias', None)
   query_heads = getattr(mixer, 'heads', None)
