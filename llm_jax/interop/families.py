@@ -5,11 +5,16 @@ A new one is a function that reads its config and a table of its tensors, in a f
 
 from llm_jax.core.errors import UserError, nearest
 from llm_jax.interop import settings
-from llm_jax.interop.architectures import gpt, llama, t5
+from llm_jax.interop.architectures import gpt, llama, recurrent, t5
 from llm_jax.interop.settings import Settings
 from llm_jax.interop.table import Family
 
-FAMILIES: dict[str, Family] = {**llama.FAMILIES, **gpt.FAMILIES, **t5.FAMILIES}
+FAMILIES: dict[str, Family] = {
+  **llama.FAMILIES,
+  **gpt.FAMILIES,
+  **t5.FAMILIES,
+  **recurrent.FAMILIES,
+}
 
 
 def family(told: Settings) -> Family:

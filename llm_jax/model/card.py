@@ -64,7 +64,7 @@ def describe(ends: Any, decoder: Any, encoder: Any | None) -> Card:
     encoder_layers=count(encoder),
     length=ends.length,
     heads=query_heads,
-    groups=query_heads and (mixer.groups or query_heads),
+    groups=query_heads and (getattr(mixer, 'groups', None) or query_heads),
     head_dim=query_heads and (mixer.head_dim or ends.embed // query_heads),
     ffn=getattr(feed, 'hidden', None),
     gated=isinstance(feed, ffn.Gated),

@@ -68,6 +68,24 @@ MODELS = {
     'T5Config',
     T5 | dict(feed_forward_proj='gated-gelu', tie_word_embeddings=False, num_decoder_layers=1, d_kv=6),
   ),
+  'mamba': (
+    'MambaConfig',
+    dict(vocab_size=24, hidden_size=16, num_hidden_layers=2, state_size=4, time_step_rank=3, use_bias=True),
+  ),
+  'mamba2': (
+    'Mamba2Config',
+    dict(
+      vocab_size=24, hidden_size=16, num_hidden_layers=2, state_size=4, num_heads=4, head_dim=8,
+      n_groups=2, chunk_size=4, pad_token_id=0, use_bias=True,
+    ),
+  ),
+  'rwkv': (
+    'RwkvConfig',
+    dict(
+      vocab_size=24, hidden_size=16, num_hidden_layers=2, intermediate_size=24, context_length=32,
+      rescale_every=0, use_cache=False,
+    ),
+  ),
   'mt5': ('MT5Config', T5 | dict(feed_forward_proj='gated-gelu', tie_word_embeddings=False)),
 }  # fmt: skip
 

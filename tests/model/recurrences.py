@@ -41,8 +41,8 @@ def mamba(m, p, x):
 
 
 def mamba2(m, p, x):
-  u, b, c = (silu(convolved(p, f'{n}_conv', x @ p[n])) for n in 'xbc')
-  dt = softplus(x @ p['step'] + p['step_bias'])
+  u, b, c = (silu(convolved(p, f'{n}_conv', x @ p[n] + p[f'{n}_bias'])) for n in 'xbc')
+  dt = softplus(x @ p['dt'] + p['dt_bias'] + p['step_bias'])
   heads = dt.shape[1]
   h, ys = np.zeros((heads, m.state, m.head_dim)), []
   for t in range(len(x)):
@@ -54,10 +54,10 @@ def mamba2(m, p, x):
       h[i] = np.exp(-dt[t, i] * np.exp(p['log_rate'][i])) * h[i] + dt[t, i] * np.outer(bt, ut)
       y.append(ct @ h[i] + p['skip'][i] * ut)
     ys.append(np.concatenate(y))
-  y = np.stack(ys) * silu(x @ p['gate'])
+  y = np.stack(ys) * silu(x @ p['gate'] + p['gate_bias'])
   groups = y.reshape(len(x), m.groups, -1)
   y = (groups / np.sqrt((groups**2).mean(-1, keepdims=True) + m.eps)).reshape(y.shape)
-  return (y * p['norm_scale']) @ p['out']
+  return (y * p['norm_scale']) @ p['out'] + p['out_bias']
 
 
 def shifted(p, name, x):
@@ -95,3 +95,56 @@ def retention(m, p, x):
       ys[t, i] = (q[t, i] @ s).real
   ys = (ys - ys.mean(-1, keepdims=True)) / np.sqrt(ys.var(-1, keepdims=True) + m.eps)
   return np.einsum('thk,hkd->td', silu(g) * ys, p['out'])
+
+
+def states(m, p, u):
+  """x' = A x + B u, y = 2 Re(C x) + D u, discretised by hand for every state."""
+  a, dt = -np.exp(p['log_rate']) + 1j * p['frequency'], np.exp(p['log_step'])[:, None]
+  if m.rule.__name__ == 'hold':
+    decay, scale = np.exp(dt * a), (np.exp(dt * a) - 1) / a
+  else:
+    decay, scale = (1 + dt * a / 2) / (1 - dt * a / 2), dt / (1 - dt * a / 2)
+  x, ys = np.zeros(a.shape, complex), []
+  for t in range(len(u)):
+    x = decay * x + scale * u[t][:, None]
+    ys.append(2 * ((p['read_real'] + 1j * p['read_imag']) * x).sum(1).real + p['skip'] * u[t])
+  return np.stack(ys)
+
+
+def gelu(x):
+  return 0.5 * x * (1 + np.tanh(np.sqrt(2 / np.pi) * (x + 0.044715 * x**3)))
+
+
+def s4(m, p, x):
+  y = gelu(states(m, p, x))
+  return (y @ p['value']) * sigmoid(y @ p['gate'])
+
+
+s4_bilinear = s4
+
+
+def h3(m, p, x):
+  k = convolved(p, 'shift', x @ p['key'])
+  return (x @ p['query'] * states(m, p, k * (x @ p['value']))) @ p['out']
+
+
+def gss(m, p, x):
+  y = states(m, p, gelu(x @ p['narrow_in'])) @ p['wide']
+  return (gelu(x @ p['gate']) * y) @ p['out']
+
+
+def hyena(m, p, x):
+  t, d = x.shape
+  time = np.arange(t)[:, None] / m.length
+  angle = 2 * np.pi * time * np.linspace(1e-4, m.bands - 1, m.bands)
+  h = np.concatenate([time, np.cos(angle), np.sin(angle)], axis=1)
+  for i in range(m.depth):
+    h = np.sin(m.frequency * (h @ p[f'filter_{i}'] + p[f'filter_{i}_bias']))
+  window = 100.0 ** (-time / np.linspace(m.fast, m.slow, d))
+  z = convolved(p, 'value_conv', x @ p['value'])
+  for n in range(1, m.order + 1):
+    kernel = window * (h @ p[f'filter_out_{n}'])
+    y = np.stack([np.convolve(kernel[:, i], z[:, i])[:t] for i in range(d)], axis=1)
+    y = y + p[f'skip_{n}'] * z
+    z = convolved(p, f'gate_{n}_conv', x @ p[f'gate_{n}']) * y
+  return z @ p['out']

@@ -46,7 +46,7 @@ class Mamba2(nn.Module):
     d = x.shape[-1]
     f, heads = self._sizes(d)
     gate = sequence.project(self, 'gate', x, (f,), 'df', 'ffn_in', bias=self.bias)
-    dt = sequence.project(self, 'step', x, (heads,), 'dh', 'ffn_in', bias=self.bias)
+    dt = sequence.project(self, 'dt', x, (heads,), 'dh', 'ffn_in', bias=self.bias)
     kept, after, parts = {} if state is None else state, {}, []
     shared = self.groups * self.state
     for name, size, axis, letters in (
