@@ -191,7 +191,8 @@ def _head(subject: Subject, card: Any) -> str:
 
 
 def _kind(kind: Kind) -> str:
-  return ', '.join([*map(_sublayer, kind.mixers), _sublayer(kind.ffn), f'residual {kind.residual}'])
+  parts = [*kind.mixers, *([] if kind.ffn is None else [kind.ffn])]
+  return ', '.join([*map(_sublayer, parts), f'residual {kind.residual}'])
 
 
 def _sublayer(part: Any) -> str:

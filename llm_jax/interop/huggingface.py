@@ -312,7 +312,7 @@ def _letters(side: str) -> list[str]:
 
 
 def _size(group: list[str], sizes: Mapping[str, int]) -> int:
-  return int(np.prod([sizes[letter] for letter in group]))
+  return int(np.prod([1 if letter == '1' else sizes[letter] for letter in group]))
 
 
 def _used(sizes: Mapping[str, int], pattern: str) -> dict[str, int]:

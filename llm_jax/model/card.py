@@ -73,7 +73,7 @@ class Kind(NamedTuple):
 
   repeats: int
   mixers: tuple[Attention | Declared, ...]
-  ffn: Dense | Declared
+  ffn: Dense | Declared | None
   residual: str
   norm: int
 
@@ -194,10 +194,10 @@ def _kinds(part: Any, boxes: Any, embed: int) -> tuple[Kind, ...]:
 
 def _kind(block: Any, boxes: Any, repeats: int, embed: int) -> Kind:
   mixers = tuple(_mixer(make(), boxes.get(name, {}), embed) for name, make in block.mixers)
-  feed = block.ffn()
+  feed = None if block.ffn is None else block.ffn()
   if type(feed) in (ffn.MLP, ffn.Gated):
     feed = Dense(feed.hidden, isinstance(feed, ffn.Gated), feed.bias)
-  else:
+  elif feed is not None:
     feed = _declared(feed, boxes.get('ffn', {}))
   residual = getattr(block.residual, 'func', block.residual).__name__
   return Kind(repeats, mixers, feed, residual, _vectors(block.norm()))

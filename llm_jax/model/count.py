@@ -36,7 +36,8 @@ def _parameters(card: Card, active: bool) -> dict[str, int]:
   d, kinds = card.embed, (*card.decoder, *card.encoder)
   mixers = [(kind.repeats, mixer) for kind in kinds for mixer in kind.mixers]
   norms = sum(
-    kind.repeats * kind.norm * NORMS[kind.residual](len(kind.mixers) + 1) for kind in kinds
+    kind.repeats * kind.norm * NORMS[kind.residual](len(kind.mixers) + (kind.ffn is not None))
+    for kind in kinds
   )
   stacks = 1 + bool(card.encoder)
   norms += stacks * (card.final_norm + card.stem_norm) + card.embedding_norm
@@ -52,7 +53,7 @@ def _parameters(card: Card, active: bool) -> dict[str, int]:
     positions=tables * card.length * d if 'Learned' in card.positions.split('+') else 0,
     attention=sum(n * sized(m) for n, m in mixers if isinstance(m, Attention)),
     mixer=sum(n * sized(m) for n, m in mixers if isinstance(m, Declared)),
-    ffn=sum(kind.repeats * sized(kind.ffn) for kind in kinds),
+    ffn=sum(kind.repeats * sized(kind.ffn) for kind in kinds if kind.ffn is not None),
     norm=norms * d,
     buckets=card.buckets * sum(_heads(stack) for stack in (card.decoder, card.encoder)),
     head=project if card.tied else card.rows * (d + card.head_bias),
@@ -144,7 +145,7 @@ def forward_flops(
     for kind in kinds:
       if isinstance(kind.ffn, Declared):
         found['ffn'] += kind.repeats * _declared_flops(kind.ffn, tokens, d)
-      else:
+      elif kind.ffn is not None:
         found['ffn'] += kind.repeats * 2 * weights(kind.ffn, d)[0] * tokens
   return found
 

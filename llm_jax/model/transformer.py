@@ -241,7 +241,8 @@ def _decoder_only(ends: _Ends, decoder: _Stack) -> Model:
     slots = None if states is None else batch.get('slots', positions)
     mask = Mask(True, seen, segments, slots, windows=_windows(batch, states))
     bias = _bias(decoder, params, mask, x.shape[1], keys)
-    ctx = Context(mask, positions, bias, rngs[1], ids=batch['inputs'])
+    told = dict(ids=batch['inputs'], real=_real(batch, states))
+    ctx = Context(mask, positions, bias, rngs[1], **told)
     return _run(decoder, params, x, ctx, states)
 
   def states(params: Params, batch: Batch, length: int) -> dict:
@@ -274,7 +275,8 @@ def _encoder_decoder(ends: _Ends, encoder: _Stack, decoder: _Stack) -> Model:
     mask = Mask(True, None, segments, None if states is None else positions)
     bias = _bias(decoder, params, mask, x.shape[1], keys)
     encoded = (read and read.x, _encoded_mask(batch, segments))
-    ctx = Context(mask, positions, bias, rngs[1], *encoded, ids=batch['inputs'])
+    told = dict(ids=batch['inputs'], real=_real(batch, states))
+    ctx = Context(mask, positions, bias, rngs[1], *encoded, **told)
     found = _run(decoder, params, x, ctx, states)
     return found._replace(aux=stack.add(read.aux, found.aux)) if read else found
 
@@ -282,10 +284,9 @@ def _encoder_decoder(ends: _Ends, encoder: _Stack, decoder: _Stack) -> Model:
     _check_length(decoder, ends, length)
     rows = batch['inputs'].shape[0]
     empty = _initial(decoder, ends, rows, length)
-    # One step whose key and value fall outside the slots: it only leaves the cross-attention's.
-    step = dict(
-      batch, inputs=jnp.zeros((rows, 1), jnp.int32), positions=jnp.full((rows, 1), length)
-    )
+    # One step of padding whose key and value fall outside the slots: it only leaves the cross-attention's.
+    none = jnp.zeros((rows, 1), jnp.int32)
+    step = dict(batch, inputs=none, positions=none + length, segments=none)
     return hidden(params, step, states=empty).states
 
   return _model(ends, hidden, states, decoder, encoder)
@@ -352,7 +353,9 @@ def _declare(part: _Stack, ends: _Ends) -> dict:
 
 def _residuals(part: _Stack) -> int:
   """The number of additions to the residual stream."""
-  return sum(s.repeats * (len(b.mixers) + 1) for s in part.segments for b in s.blocks)
+  return sum(
+    s.repeats * (len(b.mixers) + (b.ffn is not None)) for s in part.segments for b in s.blocks
+  )
 
 
 def _heads(part: _Stack) -> int:
@@ -426,17 +429,23 @@ def _run(part: _Stack, params: Params, x: jax.Array, ctx: Context, states: Any) 
 
 
 def _initial(part: _Stack, ends: _Ends, rows: int, length: int) -> dict:
-  def place(x: jax.Array) -> jax.Array:
-    names = ('layers', 'batch', 'length', 'groups', 'head_dim')
-    return mesh.shard(x, *names) if x.ndim == len(names) else x
+  def place(path: str, x: jax.Array) -> jax.Array:
+    slots = path.endswith(('/k', '/v'))  # of attention; what else there is has other axes
+    rest = ('length', 'groups', 'head_dim') if slots else (None,) * (x.ndim - 2)
+    return mesh.shard(x, 'layers', 'batch', *rest)
 
-  return jax.tree.map(place, stack.initial(part.segments, rows, length, ends.embed, ends.dtype))
+  return tree_lib.map_paths(place, stack.initial(part.segments, rows, length, ends.embed, ends.dtype))
 
 
 def _length(states: Any) -> int | None:
   """The number of slots of the attention states; None without."""
   flat = {} if states is None else tree_lib.flatten(states)
   return next((x.shape[2] for path, x in flat.items() if path.endswith('mixer/k')), None)
+
+
+def _real(batch: Batch, states: Any) -> jax.Array | None:
+  """Which tokens of a call with states are real: those of batch['segments'] that are no padding."""
+  return None if states is None or 'segments' not in batch else batch['segments'] > 0
 
 
 def _unread(states: Any) -> bool:
@@ -449,7 +458,7 @@ def _unread(states: Any) -> bool:
 def _prefix(batch: Batch, keys: int) -> jax.Array | None:
   """bool [batch, keys]: batch['prefix'], with the slots that it does not name left out."""
   seen = batch.get('prefix')
-  if seen is None or seen.shape[1] == keys:
+  if seen is None or seen.shape[1] >= keys:
     return seen
   return jnp.pad(seen, ((0, 0), (0, keys - seen.shape[1])))
 
