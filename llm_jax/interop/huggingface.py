@@ -25,7 +25,7 @@ from llm_jax.core.errors import UserError
 from llm_jax.interop import families
 from llm_jax.interop.settings import Settings
 from llm_jax.interop.table import ENCODER, LAYER, Family, Row
-from llm_jax.model.transformer import Model
+from llm_jax.model.functions import Model
 
 CONFIG, WEIGHTS, INDEX = 'config.json', 'model.safetensors', 'model.safetensors.index.json'
 

@@ -150,7 +150,7 @@ class Card(NamedTuple):
 
 
 def describe(ends: Any, boxes: Any, decoder: Any, encoder: Any | None) -> Card:
-  """The card of a model from its parts in `transformer.py` and the weights they declare, by the stack's name."""
+  """The card of a model from its parts in `assembly.py` and the weights they declare, by the stack's name."""
   norm = decoder.segments[0].blocks[0].norm()
   mixers = [make() for s in decoder.segments for b in s.blocks for _, make in b.mixers]
   own = [getattr(m, name, None) for m in mixers for name in ('rotate', 'relative')]

@@ -151,6 +151,7 @@ MODELS = {
     'SwitchTransformersConfig',
     SWITCH | dict(num_layers=5, num_sparse_encoder_layers=2, num_decoder_layers=2, num_sparse_decoder_layers=2,
                   expert_capacity=2, tie_word_embeddings=False),
+  ),
   'mamba': (
     'MambaConfig',
     dict(vocab_size=24, hidden_size=16, num_hidden_layers=2, state_size=4, time_step_rank=3, use_bias=True),

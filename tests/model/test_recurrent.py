@@ -9,7 +9,7 @@ import pytest
 
 from llm_jax.core import mesh, tree
 from llm_jax.decode import generate
-from llm_jax.model import attention, block, ffn, positions, stack, transformer
+from llm_jax.model import attention, block, ffn, stack, transformer
 from llm_jax.model.attention import Context
 from llm_jax.model.masks import Mask
 from llm_jax.model.recurrent import gss, h3, hyena, mamba, mamba2, retnet, rwkv, s4, ssm
