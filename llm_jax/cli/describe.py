@@ -191,7 +191,7 @@ def _head(subject: Subject, card: Any) -> str:
 
 
 def _kind(kind: Kind) -> str:
-  parts = [*kind.mixers, *([kind.ffn] if kind.ffn else [])]
+  parts = [*kind.mixers, *([] if kind.ffn is None else [kind.ffn])]
   return ', '.join([*map(_sublayer, parts), f'residual {kind.residual}'])
 
 

@@ -28,7 +28,7 @@ AXES = ('data', 'fsdp', 'expert', 'sequence', 'stage', 'tensor')
 # What is split where. Every name a weight or activation may use has an entry; () is not split.
 _WHOLE = dict(
   batch=(), length=(), embed=(), heads=(), groups=(), head_dim=(), ffn=(), vocab=(), expert=(),
-  layers=(), norm=(), positions=(), buckets=(), rank=(),
+  layers=(), norm=(), positions=(), buckets=(), rank=(), state=(), taps=(),
 )  # fmt: skip
 _TENSOR = dict(
   _WHOLE, heads=('tensor',), groups=('tensor',), ffn=('tensor',), vocab=('tensor',), expert=('expert',)

@@ -6,6 +6,7 @@ equations; a letter means the same axis everywhere:
 
   b batch   t query position   s key position   d embed   h heads   g groups (key/value heads)   k
   head_dim f ffn     v vocab            e expert         r rank
+  n state (of a recurrent channel)
 """
 
 import functools
@@ -30,6 +31,7 @@ AXIS = dict(
   v='vocab',
   e='expert',
   r='rank',
+  n='state',
 )
 
 

@@ -4,7 +4,8 @@ In training the decoder's inputs are the targets shifted right with id 0 in fron
 token before target `p` and predicts target `p`. Decoding does the same: a prompt of `n` ids is fed as
 `[0] + prompt` at positions 0..n, and the output of position `n` is the first new token. The model writes the keys
 and values of position `p` into slot `p` of its state and a query sees the slots up to its own, so right-padded
-prompts of unequal length need nothing else: what padding left in a slot is overwritten before anyone may see it.
+prompts of unequal length need nothing else: what padding left in a slot is overwritten before anyone may see it. A
+recurrent state cannot be overwritten, so the prefill's `segments` say which tokens are padding.
 
 Causal models read the prompt left to right; prefix models see all of it from everywhere (`prefix` slots); of
 encoder-decoder models it is the encoder's input, and the decoder starts from id 0 alone.
@@ -266,7 +267,7 @@ def _start(
   live = np.ones(len(prompts), bool)
   prompts, lengths, rows, live = (_fill(x) for x in (prompts, lengths, rows, live))
   batch, last, slots = _layout(model, prompts, lengths, max_new)
-  context = {k: v for k, v in batch.items() if k not in ('inputs', 'positions')}
+  context = {k: v for k, v in batch.items() if k not in ('inputs', 'positions', 'segments')}
   keys = jax.vmap(jax.random.fold_in, (None, 0))(key, rows)
   fixed = _Fixed(keys, np.int32(-1 if eos is None else eos), allowed, context)
   functions = model.hidden, model.logits, model.states
@@ -281,6 +282,7 @@ def _layout(model: Any, prompts: np.ndarray, lengths: np.ndarray, max_new: int) 
   real, zeros = np.arange(width) < lengths[:, None], np.zeros_like(lengths)
   inputs = np.concatenate([zeros[:, None] + START, np.where(real, prompts, 0)], axis=1)
   batch = dict(inputs=inputs, positions=_count(inputs))
+  batch['segments'] = (batch['positions'] <= lengths[:, None]).astype(np.int32)
   slots = int(min(width + max_new, limit(model)))
   if model.card.kind == 'prefix':
     batch['prefix'] = np.arange(slots) <= lengths[:, None]

@@ -5,7 +5,7 @@ A new one is a function that reads its config and a table of its tensors, in a f
 
 from llm_jax.core.errors import UserError, nearest
 from llm_jax.interop import settings
-from llm_jax.interop.architectures import gpt, llama, moe, t5
+from llm_jax.interop.architectures import gpt, llama, moe, recurrent, t5
 from llm_jax.interop.settings import Settings
 from llm_jax.interop.table import Family
 
@@ -14,6 +14,7 @@ FAMILIES: dict[str, Family] = {
   **gpt.FAMILIES,
   **t5.FAMILIES,
   **moe.FAMILIES,
+  **recurrent.FAMILIES,
 }
 
 

@@ -25,7 +25,7 @@ from llm_jax.core.errors import UserError
 from llm_jax.interop import families
 from llm_jax.interop.settings import Settings
 from llm_jax.interop.table import ENCODER, LAYER, Family, Row
-from llm_jax.model.transformer import Model
+from llm_jax.model.functions import Model
 
 CONFIG, WEIGHTS, INDEX = 'config.json', 'model.safetensors', 'model.safetensors.index.json'
 
@@ -312,7 +312,7 @@ def _letters(side: str) -> list[str]:
 
 
 def _size(group: list[str], sizes: Mapping[str, int]) -> int:
-  return int(np.prod([sizes[letter] for letter in group]))
+  return int(np.prod([1 if letter == '1' else sizes[letter] for letter in group]))
 
 
 def _used(sizes: Mapping[str, int], pattern: str) -> dict[str, int]:

@@ -26,7 +26,9 @@ class Context(NamedTuple):
   mask: who sees whom. positions: int [batch or 1, t]. bias: f32, broadcastable to [batch, heads, t, s], added to the
   logits.
   rng: the layer's dropout key, None for none. encoded: [batch, s, embed], what cross-attention reads. encoded_mask: who
-  sees whom there. ids: int [batch, t], the tokens themselves.
+  sees whom there. ids: int [batch, t], the tokens themselves. real: bool [batch, t], with a state: which tokens are no
+  padding, None for all; those of a row come first. Attention needs none of it (what padding leaves in a slot is
+  overwritten), a recurrent state stays where it is.
   """
 
   mask: Mask
@@ -36,6 +38,7 @@ class Context(NamedTuple):
   encoded: jax.Array | None = None
   encoded_mask: Mask = Mask()
   ids: jax.Array | None = None
+  real: jax.Array | None = None
 
 
 def _sizes(module: nn.Module, embed: int) -> tuple[int, int, int]:

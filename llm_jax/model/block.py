@@ -21,10 +21,10 @@ OUTPUT = 'sublayer'  # the name of what the remat policy `names` saves
 
 
 class Block(nn.Module):
-  """One layer. `mixers` are (name, module factory) pairs, run in order, then the feed-forward."""
+  """One layer. `mixers` are (name, module factory) pairs, run in order, then the feed-forward if there is one."""
 
   mixers: tuple
-  ffn: Callable
+  ffn: Callable | None
   norm: Callable
   residual: Callable
   dropout: float = 0.0
@@ -50,7 +50,9 @@ class Block(nn.Module):
       return self._finish(y, _keyed(ctx, 2 * number + 1))
 
     sublayers = [(name, mix(i, name, make)) for i, (name, make) in enumerate(self.mixers)]
-    x = self.residual(x, [*sublayers, ('ffn', feed)], lambda name: self.norm(name=name))
+    if self.ffn is not None:
+      sublayers.append(('ffn', feed))
+    x = self.residual(x, sublayers, lambda name: self.norm(name=name))
     return mesh.shard(x, 'batch', 'length', 'embed'), None if state is None else after, aux
 
   @nn.nowrap
@@ -94,3 +96,18 @@ def cross_decoder(
 ) -> Block:
   """Self-attention, attention to the encoder, feed-forward: the decoder block of an encoder-decoder."""
   return Block((('mixer', mixer), ('cross', cross)), ffn, norm, residual, dropout)
+
+
+def mixers(
+  *,
+  mixer: Callable,
+  channel: Callable | None = None,
+  norm: Callable = norms.RMSNorm,
+  residual: Callable = norms.pre,
+  dropout: float = 0.0,
+) -> Block:
+  """A block without a feed-forward: the mixer does its work too (Mamba), or it is a mixer itself, `channel`, because it
+  reads the token before (RWKV).
+  """
+  both = (('mixer', mixer), *((('channel', channel),) if channel is not None else ()))
+  return Block(both, None, norm, residual, dropout)

@@ -158,7 +158,7 @@ class Card(NamedTuple):
 
 
 def describe(ends: Any, boxes: Any, decoder: Any, encoder: Any | None) -> Card:
-  """The card of a model from its parts in `transformer.py` and the weights they declare, by the stack's name."""
+  """The card of a model from its parts in `assembly.py` and the weights they declare, by the stack's name."""
   norm = decoder.segments[0].blocks[0].norm()
   mixers = [make() for s in decoder.segments for b in s.blocks for _, make in b.mixers]
   own = [getattr(m, name, None) for m in mixers for name in ('rotate', 'relative')]
@@ -202,7 +202,7 @@ def _kinds(part: Any, boxes: Any, embed: int) -> tuple[Kind, ...]:
 
 def _kind(block: Any, boxes: Any, repeats: int, embed: int) -> Kind:
   mixers = tuple(_mixer(make(), boxes.get(name, {}), embed) for name, make in block.mixers)
-  feed = block.ffn and block.ffn()
+  feed = None if block.ffn is None else block.ffn()
   if type(feed) in (ffn.MLP, ffn.Gated):
     feed = Dense(feed.hidden, isinstance(feed, ffn.Gated), feed.bias)
   elif feed is not None:

@@ -1,6 +1,6 @@
 """Parameters, FLOPs and bytes in closed form: what a model costs, before there is one.
 
-Everything here is arithmetic on Python numbers, exact for 175B parameters too; a `transformer.Card`
+Everything here is arithmetic on Python numbers, exact for 175B parameters too; a `card.Card`
 has all that is needed. A FLOP is one addition or one multiplication, so a weight costs 2 FLOPs per
 token forward and 4 backward. Kaplan et al. 2020 (arXiv:2001.08361, table 1); Chowdhery et al. 2022
 (arXiv:2204.02311, appendix B); Rajbhandari et al. 2020 (arXiv:1910.02054, section 5).

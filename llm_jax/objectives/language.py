@@ -27,7 +27,7 @@ def next_token(
 ) -> Loss:
   """The cross entropy of batch['targets'] [batch, length], weighted by batch['weights'] (absent: ones), in f32.
 
-  model: hidden, logits, head and card of `model/transformer.py`. rng: for dropout, None for none. z_loss: weight of
+  model: hidden, logits, head and card of `model/functions.py`. rng: for dropout, None for none. z_loss: weight of
   (log Z)^2 (PaLM: 1e-4). label_smoothing: probability spread over the other tokens (T5X). chunk: positions of the
   length whose logits exist at one time, None for all. 32 was the fastest of 8 to 128 on
   CPU at 8 rows and 32k tokens (145 MiB of temporaries; None: 1.5 GiB); a multiple suits accelerators with few rows.

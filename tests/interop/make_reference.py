@@ -152,6 +152,24 @@ MODELS = {
     SWITCH | dict(num_layers=5, num_sparse_encoder_layers=2, num_decoder_layers=2, num_sparse_decoder_layers=2,
                   expert_capacity=2, tie_word_embeddings=False),
   ),
+  'mamba': (
+    'MambaConfig',
+    dict(vocab_size=24, hidden_size=16, num_hidden_layers=2, state_size=4, time_step_rank=3, use_bias=True),
+  ),
+  'mamba2': (
+    'Mamba2Config',
+    dict(
+      vocab_size=24, hidden_size=16, num_hidden_layers=2, state_size=4, num_heads=4, head_dim=8,
+      n_groups=2, chunk_size=4, pad_token_id=0, use_bias=True,
+    ),
+  ),
+  'rwkv': (
+    'RwkvConfig',
+    dict(
+      vocab_size=24, hidden_size=16, num_hidden_layers=2, intermediate_size=24, context_length=32,
+      rescale_every=0, use_cache=False,
+    ),
+  ),
   'mt5': ('MT5Config', T5 | dict(feed_forward_proj='gated-gelu', tie_word_embeddings=False)),
 }  # fmt: skip
 

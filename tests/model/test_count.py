@@ -25,6 +25,7 @@ from llm_jax.model import (
   stack,
   transformer,
 )
+from llm_jax.model.recurrent import mamba, mamba2, retnet, rwkv
 
 part = functools.partial
 DAY = 24 * 3600
@@ -408,6 +409,39 @@ def test_norms_of_queries_and_keys():
   model = transformer.causal(vocab=8, embed=32, layers=3, block=made)
   assert count.parameters(model.card)['attention'] == 3 * (4 * 32 * 32 + 2 * 8)
   assert count.total(model.card) == in_the_tree(model)
+
+
+RECURRENT = {
+  'rwkv': part(block.mixers, mixer=rwkv.TimeMix, channel=rwkv.ChannelMix),
+  'mamba': part(block.mixers, mixer=mamba.Mamba),
+  'mamba2': part(block.mixers, mixer=mamba2.Mamba2),
+  'retnet': part(
+    block.decoder, mixer=part(retnet.Retention, heads=4), ffn=part(ffn.Gated, hidden=96)
+  ),
+}
+
+
+@pytest.mark.parametrize('name', RECURRENT)
+def test_states_instead_of_keys(name):
+  model = transformer.causal(vocab=8, embed=64, layers=3, block=RECURRENT[name])
+  assert count.total(model.card) == in_the_tree(model) and count.kv_bytes(model.card) == 0
+  batch = dict(inputs=jnp.zeros((1, 1), int))
+  states = jax.eval_shape(lambda: model.states({}, batch, 10))
+  held = {count.context_bytes(model.card, length, width=4) for length in (1, 10, 1000)}
+  assert held == {tree.nbytes(states)}
+
+
+@pytest.mark.parametrize('name', ['rwkv', 'mamba'])
+def test_flops_of_recurrent_mixers_are_what_xla_counts(name):
+  model = transformer.causal(
+    vocab=256, embed=256, layers=2, block=RECURRENT[name], runner=stack.loop
+  )
+  params = jax.eval_shape(model.init, jax.random.key(0))
+  batch = dict(inputs=jax.ShapeDtypeStruct((1, 64), jnp.int32))
+  forward = jax.jit(lambda params, batch: model.logits(params, model.hidden(params, batch).x))
+  xla = forward.lower(params, batch).cost_analysis()['flops']
+  ours = sum(count.forward_flops(model.card, 64).values())
+  assert ours <= xla <= 1.06 * ours  # the recurrences themselves are no products of matrices
 
 
 def test_what_cross_attention_keeps():

@@ -26,14 +26,6 @@ from llm_jax.interop import huggingface
 from llm_jax.model import count, presets
 
 REFERENCE = pathlib.Path(__file__).resolve().parents[1] / 'interop/reference'
-# Parts that are not there yet, by what asking for them says.
-WAITING = {
-  name: "no module 'llm_jax.model.recurrent'"
-  for name in presets.ROWS
-  if name.startswith(('rwkv', 'mamba'))
-}
-THERE = [name for name in presets.ROWS if name not in WAITING]
-
 # The survey's table 5 (arXiv:2303.18223): layers, heads, d_model, maximum context (0: none printed)
 TABLE_5 = dict(
   gpt3_175b=(96, 96, 12288, 2048),
@@ -75,7 +67,7 @@ def unit(text):
   return float(digits) * power, last * power
 
 
-@pytest.mark.parametrize('name', THERE)
+@pytest.mark.parametrize('name', presets.ROWS)
 def test_parameters_are_the_published_ones_to_the_last_digit(name):
   row, (model, flat) = presets.row(name), made(name)
   assert count.total(model.card) == tree.count(flat)
@@ -85,12 +77,6 @@ def test_parameters_are_the_published_ones_to_the_last_digit(name):
     assert active == count.total(model.card)
   else:  # what is left out of the figure is met by every token
     assert active - left_out(name, flat) == row.active_figure
-
-
-@pytest.mark.parametrize('name', WAITING)
-def test_a_missing_part_is_named(name):
-  with pytest.raises(UserError, match=re.escape(WAITING[name])):
-    presets.config(name)
 
 
 @pytest.mark.parametrize('name', presets.ROWS)
@@ -116,9 +102,8 @@ def test_table_5_of_the_survey(name):
   layers, heads, embed, length = TABLE_5[name]
   assert (sheet['layers'], sheet['heads'], sheet['embed']) == (layers, heads, embed)
   assert length in (0, sheet['length'])
-  if name not in WAITING:
-    card = made(name)[0].card
-    assert (card.layers, card.heads, card.embed) == (layers, heads, embed)
+  card = made(name)[0].card
+  assert (card.layers, card.heads, card.embed) == (layers, heads, embed)
 
 
 # the folder of a tiny model whose logits are those of transformers (tests/interop/test_families.py)
