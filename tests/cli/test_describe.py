@@ -62,8 +62,8 @@ def test_experts_are_total_and_active_and_split_over_their_axis(capsys):
   assert line(out, 'all ') == ['46,702,792,704', '12,879,925,248']
   assert line(out, 'published ') == ['46.7B', '12.9B']
   assert '32 x attention of 32 heads of 128 (8 of keys), MoE experts=8 expert Gated' in out
-  experts = 32 * 8 * 3 * 4096 * 14336
-  held = 4 * (46_702_792_704 - experts + experts // 8)
+  split = 32 * 8 * (3 * 4096 * 14336 + 4096)  # experts, and the router's column for each
+  held = 4 * (46_702_792_704 - split + split // 8)
   assert line(out, 'weights ')[0] == f'{held:,}'
 
 

@@ -55,7 +55,7 @@ class Retention(nn.Module):
     v = sequence.project(self, 'value', x, of_values, 'dhk', 'value')
     gate = sequence.project(self, 'gate', x, of_values, 'dhk', 'ffn_in')
     if self.rotate is not None:
-      q, k = self.rotate(q, ctx.positions), self.rotate(k, ctx.positions)
+      q, k = self.rotate(q, k, ctx.positions)
     k = k * jnp.asarray(key_dim**-0.5, k.dtype)
     decay = jnp.broadcast_to(jnp.log(gammas(self.heads)), q.shape[:3])
     if ctx.real is not None:
