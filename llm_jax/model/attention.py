@@ -168,7 +168,7 @@ class SelfAttention(nn.Module):
       q, k = self.qk_norm(name='query_norm')(q), self.qk_norm(name='key_norm')(k)
     if self.rotate is not None:
       q, k = self.rotate(q, k, ctx.positions)
-    if state is not None and self.window is not None:
+    if state is not None and self._turns():
       k, v, mask, state = _ring(self, state, k, v, ctx)
     else:
       places, mask = ctx.positions, ctx.mask
@@ -182,6 +182,11 @@ class SelfAttention(nn.Module):
     ctx = ctx._replace(mask=mask)
     q, k, bias = self._distances(q, k, ctx, x.shape[-1])
     return _output(self, _attend(self, q, k, v, ctx.mask, ctx, bias), x.shape[-1]), state
+
+  @nn.nowrap
+  def _turns(self) -> bool:
+    """Whether the state is a ring: `relative` takes slots for positions."""
+    return self.window is not None and self.relative is None
 
   @nn.nowrap
   def _distances(self, q: jax.Array, k: jax.Array, ctx: Context, embed: int) -> tuple:
@@ -202,7 +207,7 @@ class SelfAttention(nn.Module):
     the positions in it, -1 for none: {ring_k, ring_v, at}.
     """
     _, groups, head_dim = _sizes(self, embed)
-    if self.window is None:
+    if not self._turns():
       return {name: jnp.zeros((batch, length, groups, head_dim), dtype) for name in ('k', 'v')}
     size = min(length, self.window + self.sinks)
     ring = jnp.zeros((batch, size, groups, head_dim), dtype)
