@@ -263,7 +263,9 @@ def _run(part: Stack, params: Params, x: jax.Array, ctx: Context, states: Any) -
 
 def _initial(part: Stack, ends: Ends, rows: int, length: int) -> dict:
   def place(path: str, x: jax.Array) -> jax.Array:
-    slots = path.endswith(('/k', '/v'))  # of attention; what else there is has other axes
+    slots = path.endswith(
+      ('/k', '/v', '_k', '_v')
+    )  # of attention; what else there is has other axes
     rest = ('length', 'groups', 'head_dim') if slots else (None,) * (x.ndim - 2)
     return mesh.shard(x, 'layers', 'batch', *rest)
 

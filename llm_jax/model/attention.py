@@ -2,7 +2,8 @@
 
 Without a state the call sees the whole sequence. With one it writes the new keys and values into their slots
 (`mask.queries`, which equal the positions unless a batch says otherwise) and looks at all slots up to its own, so
-prefill and decoding are one call with different t. A slot at or beyond the state's length is not written.
+prefill and decoding are one call with different t. A slot at or beyond the state's length is not written. Attention
+with a window keeps a ring of the last keys and values instead.
 """
 
 from collections.abc import Callable
@@ -95,6 +96,38 @@ def write(state: State, new: State, slots: jax.Array) -> State:
   return {name: one(state[name], new[name]) for name in state}
 
 
+def _ring(module: nn.Module, state: State, k: jax.Array, v: jax.Array, ctx: Context) -> tuple:
+  """(keys, values, mask, state) of a call of windowed attention with a state: what the ring held before, then its own.
+
+  The first `sinks` positions have slots of their own, the others take turns in the rest.
+  """
+  if ctx.bias is not None or ctx.mask.prefix is not None or ctx.mask.windows is not None:
+    raise UserError(
+      'attention with a window keeps no more than the window: it decodes without position bias, prefix and parallel '
+      'windows; use sees= in the place of window='
+    )
+  at = jnp.broadcast_to(ctx.positions, k.shape[:2])
+  real = jnp.ones(at.shape, bool) if ctx.real is None else ctx.real
+  before = jnp.where(state['at'] < at[:, :1], state['at'], -1)
+  places = jnp.concatenate([before, jnp.where(real, at, -1)], axis=1)
+  keys = jnp.concatenate([state['ring_k'].astype(k.dtype), k], axis=1)
+  values = jnp.concatenate([state['ring_v'].astype(v.dtype), v], axis=1)
+
+  def sees(p: jax.Array, r: jax.Array) -> jax.Array:
+    seen = (r >= 0) & (r <= p)
+    return seen if module.sees is None else seen & module.sees(p, r)
+
+  pattern = dict(window=module.window, sinks=module.sinks, sees=sees)
+  mask = Mask(queries=at, places=(at, places), **pattern)
+  size = state['at'].shape[1]
+  turns = max(size - module.sinks, 1)
+  last = jnp.max(jnp.where(real, at, -1), axis=1, keepdims=True)
+  slots = jnp.where(at < module.sinks, at, module.sinks + (at - module.sinks) % turns)
+  kept = real & ((at < module.sinks) | (at > last - turns))
+  new = dict(ring_k=k, ring_v=v, at=at)
+  return keys, values, mask, write(state, new, jnp.where(kept, slots, size))
+
+
 class SelfAttention(nn.Module):
   """Multi-head, grouped-query or multi-query attention (Vaswani et al. 2017, arXiv:1706.03762, section 3.2).
 
@@ -135,16 +168,25 @@ class SelfAttention(nn.Module):
       q, k = self.qk_norm(name='query_norm')(q), self.qk_norm(name='key_norm')(k)
     if self.rotate is not None:
       q, k = self.rotate(q, k, ctx.positions)
-    places = ctx.positions
-    if state is not None:
-      state = write(state, dict(k=k, v=v), ctx.mask.queries)
-      k, v = (state[name].astype(q.dtype) for name in ('k', 'v'))
-      places = jnp.arange(k.shape[1])[None]
-    if self.window is not None or self.sees is not None:
-      pattern = dict(window=self.window, sinks=self.sinks, sees=self.sees)
-      ctx = ctx._replace(mask=ctx.mask._replace(**pattern, places=(ctx.positions, places)))
+    if state is not None and self._turns():
+      k, v, mask, state = _ring(self, state, k, v, ctx)
+    else:
+      places, mask = ctx.positions, ctx.mask
+      if state is not None:
+        state = write(state, dict(k=k, v=v), ctx.mask.queries)
+        k, v = (state[name].astype(q.dtype) for name in ('k', 'v'))
+        places = jnp.arange(k.shape[1])[None]
+      if self.window is not None or self.sees is not None:
+        pattern = dict(window=self.window, sinks=self.sinks, sees=self.sees)
+        mask = mask._replace(**pattern, places=(ctx.positions, places))
+    ctx = ctx._replace(mask=mask)
     q, k, bias = self._distances(q, k, ctx, x.shape[-1])
     return _output(self, _attend(self, q, k, v, ctx.mask, ctx, bias), x.shape[-1]), state
+
+  @nn.nowrap
+  def _turns(self) -> bool:
+    """Whether the state is a ring: `relative` takes slots for positions."""
+    return self.window is not None and self.relative is None
 
   @nn.nowrap
   def _distances(self, q: jax.Array, k: jax.Array, ctx: Context, embed: int) -> tuple:
@@ -161,9 +203,15 @@ class SelfAttention(nn.Module):
 
   @nn.nowrap
   def initial(self, batch: int, length: int, embed: int, dtype: Any) -> State:
-    """{k, v: zeros [batch, length, groups, head_dim]}."""
+    """{k, v: zeros [batch, length, groups, head_dim]}; with a window a ring of no more than window + sinks slots and
+    the positions in it, -1 for none: {ring_k, ring_v, at}.
+    """
     _, groups, head_dim = _sizes(self, embed)
-    return {name: jnp.zeros((batch, length, groups, head_dim), dtype) for name in ('k', 'v')}
+    if not self._turns():
+      return {name: jnp.zeros((batch, length, groups, head_dim), dtype) for name in ('k', 'v')}
+    size = min(length, self.window + self.sinks)
+    ring = jnp.zeros((batch, size, groups, head_dim), dtype)
+    return dict(ring_k=ring, ring_v=ring, at=jnp.full((batch, size), -1, jnp.int32))
 
 
 class CrossAttention(nn.Module):

@@ -211,17 +211,22 @@ def _kind(block: Any, boxes: Any, repeats: int, embed: int) -> Kind:
   return Kind(repeats, mixers, feed, residual, _vectors(block.norm()))
 
 
+def _reach(module: Any) -> int | None:
+  """The keys that a query sees, sinks included; None for all."""
+  window = getattr(module, 'window', None)
+  return None if window is None else window + module.sinks
+
+
 def _mixer(module: Any, boxes: Any, embed: int) -> Attention | Declared:
   if not isinstance(module, attention.SelfAttention | attention.CrossAttention):
     return _declared(module, boxes)
-  window = getattr(module, 'window', None)
   return Attention(
     heads=module.heads,
     groups=module.groups or module.heads,
     head_dim=module.head_dim or embed // module.heads,
     bias=module.bias,
     out_bias=module.bias if module.out_bias is None else module.out_bias,
-    window=None if window is None else window + getattr(module, 'sinks', 0),
+    window=_reach(module),
     cross=isinstance(module, attention.CrossAttention),
     relative=getattr(module, 'relative', None) is not None,
     more=_declared(module, {n: box for n, box in boxes.items() if n not in _COVERED}),

@@ -193,8 +193,8 @@ def kv_bytes(card: Card, *, width: int = 2) -> int:
 def context_bytes(card: Card, length: int, encoder_length: int = 0, *, width: int = 2) -> int:
   """Bytes that the decoder keeps of one sequence of `length` tokens: what decoding needs besides the weights.
 
-  Keys and values of every token, of a layer with a window those it still looks at (a cache of all slots takes more),
-  the state of layers without them, and the keys and values of the encoder's tokens.
+  Keys and values of every token, of a layer with a window those it still looks at, the state of layers without them,
+  and the keys and values of the encoder's tokens.
   """
   found = 0
   for kind in card.decoder:

@@ -51,8 +51,8 @@ class MemoryAttention(nn.Module):
 
   The state is a ring of the last `window + capacity` keys and values with their positions, so its size does not depend
   on the length. A call may bring any number of tokens: a document fed in segments, each with the state that the one
-  before left, gives what the document gives at once; only the gradient stays inside a segment. A position 0 begins a
-  new document, whose memory is empty.
+  before left, gives what the document gives at once; only the gradient stays inside a segment. A call that begins
+  at position 0 begins a new document, whose memory is empty; with a state, a row of a call is of one document.
   """
 
   heads: int

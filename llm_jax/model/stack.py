@@ -68,7 +68,7 @@ def declare(stack: tuple[Segment, ...], embed: int) -> dict:
   """The declared weights of all segments, stacked."""
   x = jnp.zeros((1, 1, embed))
   ids = jnp.zeros((1, 1), jnp.int32)
-  ctx = Context(Mask(causal=True), ids, encoded=x, ids=ids)
+  ctx = Context(Mask(), ids, encoded=x, ids=ids)
   return {
     key: {
       f'block_{i}': param.stack(param.declare(block, x, ctx), segment.repeats)

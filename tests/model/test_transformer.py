@@ -1,6 +1,7 @@
 """Whole models: what may depend on what, decoding, packing, precision, initialisation."""
 
 import functools
+import itertools
 
 import jax
 import jax.numpy as jnp
@@ -279,6 +280,32 @@ def test_packed_encoder_decoder(tiny, ids):
   first = f(params, {'inputs': ids[:, :5], 'encoder/inputs': read[:, :4]})
   second = f(params, {'inputs': ids[:, 5:], 'encoder/inputs': read[:, 4:10]})
   np.testing.assert_allclose(packed, jnp.concatenate([first, second], 1), atol=3e-5)
+
+
+def test_a_window_is_decoded_from_a_ring(tiny, ids):
+  """In any cut, longer than the ring or shorter, from rows of unequal length; no more slots than window and sinks."""
+  model = _model(tiny.causal, 'window')
+  params, want = tiny.large(model), tiny.forward(model)(tiny.large(model), dict(inputs=ids))
+  step = jax.jit(lambda params, batch, states: model.hidden(params, batch, states=states))
+  for cuts in ([0, 8, 9, 10, 11, 12], [0, 3, 10, 12], range(13)):
+    states, out = model.states(params, dict(inputs=ids), 64), []
+    for start, stop in itertools.pairwise(cuts):
+      positions = jnp.broadcast_to(jnp.arange(start, stop), (len(ids), stop - start))
+      told = dict(inputs=ids[:, start:stop], positions=positions)
+      x, states, _ = step(params, told, states)
+      out.append(model.logits(params, x))
+    assert {x.shape[2] for x in jax.tree.leaves(states)} == {5}
+    np.testing.assert_allclose(jnp.concatenate(out, 1), want, atol=2e-5)
+  lengths = jnp.array([3, 9, 6])  # right-padded prompts, then the rest one by one
+  at = jnp.broadcast_to(jnp.arange(9), (3, 9))
+  told = dict(inputs=ids[:, :9], positions=at, segments=(at < lengths[:, None]).astype(jnp.int32))
+  _, states, _ = step(params, told, model.states(params, told, 12))
+  for i in range(3):
+    where = (lengths + i)[:, None]
+    told = dict(inputs=jnp.take_along_axis(ids, where, 1), positions=where)
+    x, states, _ = step(params, told, states)
+    got = model.logits(params, x)[:, 0]
+    np.testing.assert_allclose(got, want[jnp.arange(3), lengths + i], atol=2e-5)
 
 
 def test_parallel_context_windows(tiny, ids):
