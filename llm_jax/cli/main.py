@@ -8,7 +8,8 @@ from llm_jax.core.errors import UserError, nearest
 
 COMMANDS = dict(
   train='train or go on training: --config=FILE.py --workdir=DIR [--config.KEY=VALUE ...]',
-  generate='text from a trained model: --workdir=DIR --prompt=TEXT',
+  generate='text from a trained model: --workdir=DIR --prompt=TEXT, or --chat',
+  convert='weights from elsewhere as a run, or the reverse: --from=gguf --path=FILE --to=DIR',
 )
 
 
