@@ -169,14 +169,33 @@ def write_huggingface(vocabulary: Tokenizer, folder: str) -> None:
   """Writes what `from_huggingface(folder)` and transformers read."""
   named = {'tokenizer_class': 'PreTrainedTokenizerFast', 'clean_up_tokenization_spaces': False}
   named |= vocabulary.spelling | dict(add_bos_token=vocabulary.start is not None)
+  description = vocabulary.description
+  if vocabulary.start is not None:
+    description = _with_start(description, vocabulary.start)
   with open(os.path.join(folder, FILE), 'w', encoding='utf-8') as f:
-    f.write(vocabulary.description)
+    f.write(description)
   if vocabulary.template is not None:
     named['chat_template'] = vocabulary.template
     with open(os.path.join(folder, TEMPLATE), 'w', encoding='utf-8') as f:
       f.write(vocabulary.template)
   with open(os.path.join(folder, 'tokenizer_config.json'), 'w', encoding='utf-8') as f:
     json.dump(named, f, indent=1, ensure_ascii=False)
+
+
+def _with_start(description: str, start: int) -> str:
+  """A tokenizer.json that itself puts the start token in front of a text, where it does not yet."""
+  described = json.loads(description)
+  if described.get('post_processor') is None:
+    token = next(t['content'] for t in described['added_tokens'] if t['id'] == start)
+    text = lambda name, of: {'Sequence': dict(id=name, type_id=of)}
+    first = {'SpecialToken': dict(id=token, type_id=0)}
+    described['post_processor'] = dict(
+      type='TemplateProcessing',
+      single=[first, text('A', 0)],
+      pair=[first, text('A', 0), text('B', 1)],
+      special_tokens={token: dict(id=token, ids=[start], tokens=[token])},
+    )
+  return json.dumps(described, ensure_ascii=False)
 
 
 def _begins(description: str, told: Mapping[str, Any], bos: int | None) -> bool:
