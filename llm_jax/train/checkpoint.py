@@ -12,6 +12,7 @@ anything is read.
 import contextlib
 import json
 import logging
+import math
 import os
 import shutil
 import sys
@@ -390,7 +391,10 @@ def _read(folder: str, leaves: dict[str, list], targets: dict[str, Any]) -> dict
   })  # fmt: skip
   restore_args = ocp.checkpoint_utils.construct_restore_args(item)
   args = ocp.args.PyTreeRestore(item=item, restore_args=restore_args, partial_restore=True)
-  handler, place = ocp.PyTreeCheckpointHandler(), epath.Path(folder) / 'state'
+  sizes = [math.prod(x.shape) * x.dtype.itemsize for x in targets.values()]
+  flight = (1 << 20) + max(sum(sizes) // 5, *sizes)  # bytes on their way: bounds the peak memory
+  handler = ocp.PyTreeCheckpointHandler(restore_concurrent_gb=flight / 1e9)
+  place = epath.Path(folder) / 'state'
   arrays = tree.flatten(_together(lambda: handler.restore(place, args=args)))
   for path, sums in checksum.of(arrays).items():
     if list(sums) != leaves[path][2:]:
