@@ -1,4 +1,4 @@
-r"""UL2R: a trained causal model goes on as a prefix decoder with UL2's denoisers (U-PaLM; Tay et al. 2022, arXiv:2210.11399).
+r"""UL2R: a trained causal model goes on as a prefix decoder with UL2's denoisers (Tay et al. 2022, arXiv:2210.11399).
 
   make smollm2
   llm-jax train --config=configs/pretrain/ul2r.py --workdir=runs/ul2r

@@ -1,7 +1,7 @@
 r"""The batch: what every array in it means, how examples become rows, and how rows are filled.
 
     name               shape                       meaning
-    inputs             [batch, length] int32       what the decoder reads: targets shifted right per segment, `layout.first` first
+    inputs             [batch, length] int32       what the decoder reads: targets shifted right per segment, `first` first
     targets            [batch, length] int32       what it predicts: inputs then targets of the example; 0 = padding
     weights            [batch, length] float32     1 where the prediction counts: on the example's targets
     positions          [batch, length] int32       0, 1, 2 ... restarting in every segment
@@ -12,8 +12,8 @@ r"""The batch: what every array in it means, how examples become rows, and how r
     encoder/positions, encoder/segments            as above; decoder segment k looks at encoder segment k
 
 `positions` and `segments` are absent where each row is one segment that starts at 0 (`concatenate`, no encoder),
-`prefix` is absent unless the model is a prefix decoder. What is absent never changes from batch to batch. Ids of our own
-vocabularies: 0 padding and first, 1 end of document; imported ones have theirs.
+`prefix` is absent unless the model is a prefix decoder. What is absent never changes from batch to batch. Ids of our
+own vocabularies: 0 padding and first, 1 end of document; imported ones have theirs.
 """
 
 import bisect

@@ -28,8 +28,8 @@ def render(
 
   if vocab.template is None:
     raise UserError(
-      'this model has no chat template, so it was not taught to converse: leave out --chat, or convert a model that has '
-      'one (make smollm2)'
+      'this model has no chat template, so it was not taught to converse: leave out --chat, or convert a model that '
+      'has one (make smollm2)'
     )
   try:
     return _compiled(vocab.template).render(

@@ -10,8 +10,8 @@ the rest. Targets hold every token that `inputs` lacks, in order, so the two tog
   last_quarter     span corruption whose one span is the end | sentinel and the end               (OBJ-005)
   ul2, ul2r        one of several, its mode token first      |                                    (OBJ-004, OBJ-006)
 
-A document's end (`vocab.eos`) belongs to the last chunk of it. Causal and prefix targets end with it there and nowhere else;
-span corruption ends its inputs and its targets with it in every chunk, as T5 does.
+A document's end (`vocab.eos`) belongs to the last chunk of it. Causal and prefix targets end with it there and nowhere
+else; span corruption ends its inputs and its targets with it in every chunk, as T5 does.
 """
 
 import bisect

@@ -1,4 +1,4 @@
-"""The tokenizer of a model that somebody else trained, as a vocabulary: the `tokenizers` library on its `tokenizer.json`.
+"""The tokenizer of a model that somebody else trained, as a vocabulary: `tokenizers` on its `tokenizer.json`.
 
 The ids are the model's own, so the end of a document is not id 1 and there may be neither padding nor unknown.
 Markers, where asked for, come after them, as in `vocab.py`.

@@ -91,8 +91,8 @@ def generate(
   """Continues every prompt until it has drawn `eos` (None: never), `max_new` tokens, or filled the position table.
 
   prompts: int32 [batch, length], right-padded; lengths: int32 [batch], 0 starts a new document. Both host arrays, the
-  same on every process. start: id in front of every prompt; None: nothing, and no prompt may be empty. temperature, top_k, top_p, allowed ([vocab] bool): see `logits.sample`; temperature 0 is
-  greedy. rows: int32 [batch], the numbers that individualise the rows' random keys (default 0, 1, ...).
+  same on every process. start: id in front of every prompt; None: nothing, and no prompt may be empty. temperature,
+  top_k, top_p, allowed ([vocab] bool): see `logits.sample`; temperature 0 is greedy. rows: int32 [batch], the numbers that individualise the rows' random keys (default 0, 1, ...).
 
   A model with learned positions stops where their table ends (`lengths` tells); others go on past the length they
   were trained with. Raises `UserError` for a prompt that does not fit the model's context (`card.length`, start token
@@ -363,7 +363,8 @@ def _fill(x: np.ndarray) -> np.ndarray:
 
 def _encode(model: Any, vocab: Any, prompt: str) -> list[int]:
   """The prompt's ids as in training: an encoder's input ends with eos where it holds sentinels (span corruption's
-  inputs do, those of prefix LM do not), and is eos alone where there is no text. So is a prompt without start and text."""
+  inputs do, those of prefix LM do not), and is eos alone where there is no text. So is a prompt without start and
+  text."""
   if vocab.size > model.card.vocab:
     raise UserError(
       f'the vocabulary has {vocab.size} ids, the model {model.card.vocab}: use the one it was trained with'

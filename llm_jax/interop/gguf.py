@@ -9,12 +9,11 @@ before the second, as Hugging Face and `positions.rope` have them, so both impor
 """
 
 import struct
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from typing import Any
 
 import numpy as np
 
-from llm_jax.core import tree
 from llm_jax.core.config import ConfigDict, build
 from llm_jax.core.errors import UserError, nearest
 from llm_jax.interop import gguf_tokenizer, huggingface, partial
@@ -115,8 +114,8 @@ class File:
       x = gguf.dequantize(tensor.data, tensor.tensor_type)
     except NotImplementedError as e:
       raise UserError(
-        f'the tensor {name!r} of {self.path} has the type {tensor.tensor_type.name}, which is not read: convert it with '
-        'llama-quantize to F32, F16, BF16, Q8_0, Q4_0, Q4_1, Q4_K or Q6_K'
+        f'the tensor {name!r} of {self.path} has the type {tensor.tensor_type.name}, which is not read: convert it '
+        'with llama-quantize to F32, F16, BF16, Q8_0, Q4_0, Q4_1, Q4_K or Q6_K'
       ) from e
     return np.asarray(x, np.float32).reshape(tuple(reversed(tensor.shape.tolist())))
 
@@ -182,9 +181,9 @@ def save(
   type_: str = 'f16',
   name: str = 'llm_jax',
 ) -> None:
-  """Writes parameters of the model that `told`, a config.json of a LLaMA, describes. The file appears once all is written.
+  """Writes parameters of the model that `told`, a config.json of a LLaMA, describes. The file appears once it is whole.
 
-  type_: of matrices, 'f32', 'f16' or 'q8_0'; vectors are f32, and f16 is for rows that q8_0's blocks of 32 do not divide.
+  type_: of matrices, 'f32', 'f16' or 'q8_0'; vectors are f32; f16 where q8_0's blocks of 32 do not divide a row.
   vocabulary: a `data.tokenizer.Tokenizer`, stored with its chat template; None leaves it out.
   """
   import gguf
@@ -211,7 +210,8 @@ def save(
 def _to_write(told: Settings) -> Family:
   """The family of a config.json among those that GGUF has here."""
   known = {family.model: family for family in ARCHITECTURES.values()}
-  found = known.get(llama.FAMILIES[told['model_type']].model if told.get('model_type') in llama.FAMILIES else None)  # fmt: skip
+  asked = llama.FAMILIES.get(told.get('model_type'))
+  found = known.get(asked.model) if asked else None
   if found is None:
     raise UserError(
       f'the architecture {told.get("model_type")!r} is not written as GGUF: {nearest("", ARCHITECTURES)}'
@@ -259,8 +259,8 @@ def _open(path: str) -> Any:
   import gguf
 
   class Reader(gguf.GGUFReader):
-    """Reads an array at once, where the package makes several objects for each of its elements (a vocabulary has 100,000),
-    and names the tensor that a file is too short for, where the package fails on its shape."""
+    """Reads an array at once, where the package makes several objects for each element (a vocabulary has 100,000), and
+    names the tensor that a file is too short for, where the package fails on its shape."""
 
     def _get_field_parts(self, start: int, raw_type: int) -> tuple:
       if raw_type != gguf.GGUFValueType.ARRAY:
@@ -298,7 +298,9 @@ def _open(path: str) -> Any:
     with open(path, 'rb') as f:
       magic = f.read(4)
   except OSError as e:
-    raise UserError(f'{path} cannot be read ({(e.strerror or str(e)).lower()}): name a GGUF file') from e
+    raise UserError(
+      f'{path} cannot be read ({(e.strerror or str(e)).lower()}): name a GGUF file'
+    ) from e
   if magic != b'GGUF':
     raise UserError(f'{path} is no GGUF file: it begins with {magic!r}, not with GGUF')
   try:

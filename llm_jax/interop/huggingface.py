@@ -179,9 +179,7 @@ def to_ours(
     raise UserError(f'the table of this architecture has no row for {missing[0]!r}')
   left = [name for bare, name in there.items() if not bare.endswith(family.ignored)]
   if left:
-    raise UserError(
-      f'the checkpoint has the tensor {left[0]!r}, which {told} has no place for'
-    )
+    raise UserError(f'the checkpoint has the tensor {left[0]!r}, which {told} has no place for')
   return tree.unflatten(ours)
 
 

@@ -29,7 +29,7 @@ NO_VOCAB = 'none'  # convert the weights alone
 
 
 class Imported(NamedTuple):
-  """model: as in a config. params: f32 arrays. vocabulary: or None. told: the config.json it came with, or would have."""
+  """model: as in a config. params: f32 arrays. vocabulary: or None. told: the config.json it came with or would have."""
 
   model: ConfigDict
   params: Any
@@ -147,7 +147,7 @@ def settings(folder: str, model: ConfigDict) -> dict[str, Any]:
 
 def trimmed(params: Any, model: ConfigDict) -> Any:
   """Parameters without the rows that round up the vocabulary."""
-  cut = dict([('embedding/table', np.s_[: model.vocab]), ('head/w', np.s_[:, : model.vocab])])
+  cut = {'embedding/table': np.s_[: model.vocab], 'head/w': np.s_[:, : model.vocab]}
   return tree.map_paths(lambda path, x: np.asarray(x)[cut.get(path, ...)], params)
 
 

@@ -19,8 +19,8 @@ def vocabulary(
   """`old` with rows for the ids that `fresh` has more; the rows of the old ids, and so their logits, stay as they are.
 
   old, fresh: parameters [..., ids, ...], alike but for the number of ids. noise: a new row is the mean of the old ones
-  plus `noise` times a fresh one. With 0 a new id's logit is the mean of the old ones, which by Jensen's inequality is at
-  most log-sum-exp less log V, so n new ids cost an old text at most log(1 + n / V) nats per token (Hewitt 2021,
+  plus `noise` times a fresh one. With 0 a new id's logit is the mean of the old ones, by Jensen's inequality at most
+  log-sum-exp less log V, so n new ids cost an old text at most log(1 + n / V) nats per token (Hewitt 2021,
   "Initializing New Word Embeddings for Pretrained Language Models"). tables: regex on the paths that hold ids.
   Returns an array like `fresh`. Raises `UserError` for a parameter that is no such table, or has more ids than here.
   """

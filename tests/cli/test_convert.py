@@ -1,4 +1,4 @@
-"""`llm-jax convert` and what can be done with its runs, on a real model of 260,000 parameters, and given wrong input."""
+"""`llm-jax convert` and what can be done with its runs, on a real model of 260,000 parameters; wrong input."""
 
 import io
 import json
@@ -52,7 +52,8 @@ def talker(stories, tmp_path):
 def test_a_converted_run_writes_its_text(stories, call):
   out, _ = call('generate', f'--workdir={stories}', '--temperature=0', '--max_new=200')
   assert out == TEXT + '\n'
-  assert sorted(p.name for p in stories.iterdir()) == ['checkpoints', 'config.json', 'huggingface.json', 'vocab']  # fmt: skip
+  found = sorted(p.name for p in stories.iterdir())
+  assert found == ['checkpoints', 'config.json', 'huggingface.json', 'vocab']
 
 
 def test_every_format_and_back_is_the_identity(stories, call, tmp_path):
@@ -60,9 +61,11 @@ def test_every_format_and_back_is_the_identity(stories, call, tmp_path):
   call('convert', '--from=run', f'--path={stories}', f'--to={tmp_path}/m.gguf', '--type=f32')
   call('convert', '--from=run', f'--path={stories}', f'--to={tmp_path}/hf', '--format=huggingface')
   for kind, path in (('gguf', 'm.gguf'), ('huggingface', 'hf')):
-    out, _ = call('convert', f'--from={kind}', f'--path={tmp_path}/{path}', f'--to={tmp_path}/{kind}')
+    out, _ = call(
+      'convert', f'--from={kind}', f'--path={tmp_path}/{path}', f'--to={tmp_path}/{kind}'
+    )
     assert '0.26M parameters, a vocabulary of 512, no chat template' in out
-    model, again, words = generate.load(str(tmp_path / kind))
+    _, again, words = generate.load(str(tmp_path / kind))
     jax.tree.map(np.testing.assert_array_equal, again, params)
     assert [[words.start, *words.encode(t)] for t in EXPECTED['prompts']] == [
       w['ids'] for w in EXPECTED['prompts'].values()
@@ -74,9 +77,14 @@ def test_a_run_trained_here_goes_out_as_a_llama(call, tmp_path):
   """No config.json of anybody's: its sizes are read off the model; rows that round up the vocabulary stay behind."""
   tiny = pathlib.Path(__file__).with_name('tiny.py')
   call(
-    'train', f'--config={tiny}:steps=1', '--config.model.vocab_multiple=100', f'--workdir={tmp_path}/run'
+    'train',
+    f'--config={tiny}:steps=1',
+    '--config.model.vocab_multiple=100',
+    f'--workdir={tmp_path}/run',
   )
-  out, _ = call('convert', '--from=run', f'--path={tmp_path}/run', f'--to={tmp_path}/hf', '--format=huggingface')
+  out, _ = call(
+    'convert', '--from=run', f'--path={tmp_path}/run', f'--to={tmp_path}/hf', '--format=huggingface'
+  )
   assert 'without a tokenizer' in out
   model, params, words = generate.load(str(tmp_path / 'run'))
   other, theirs = huggingface.load(str(tmp_path / 'hf'))

@@ -17,10 +17,14 @@ def words(template):
   return types.SimpleNamespace(template=template, spelling=dict(bos_token='<s>', eos_token='</s>'))
 
 
-@pytest.mark.parametrize('case', STORED['cases'], ids=lambda c: f'{c["template"]}-{len(c["messages"])}')
+@pytest.mark.parametrize(
+  'case', STORED['cases'], ids=lambda c: f'{c["template"]}-{len(c["messages"])}'
+)
 def test_transformers(case):
   said = chat.render(
-    words(STORED['templates'][case['template']]), case['messages'], add_generation_prompt=case['prompt']
+    words(STORED['templates'][case['template']]),
+    case['messages'],
+    add_generation_prompt=case['prompt'],
   )
   assert said == case['text']
 

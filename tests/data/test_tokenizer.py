@@ -58,7 +58,10 @@ def test_sentencepieces_ids_are_sentencepieces(tmp_path):
     kind = lambda i: 2 if p.is_unknown(i) else 3 if p.is_control(i) else 6 if p.is_byte(i) else 1  # noqa: B023
     n = range(p.get_piece_size())
     described = gguf_tokenizer.sentencepiece(
-      [p.id_to_piece(i) for i in n], [p.get_score(i) for i in n], [kind(i) for i in n], prefix=prefix
+      [p.id_to_piece(i) for i in n],
+      [p.get_score(i) for i in n],
+      [kind(i) for i in n],
+      prefix=prefix,
     )
     ours = tokenizer.Tokenizer(described, roles=dict(bos=1, start=1, eos=2, unk=0))
     for text in (*ODD, *TEXT):
@@ -72,9 +75,19 @@ def test_sentencepieces_ids_are_sentencepieces(tmp_path):
 
 
 def test_roles_are_the_models_own(made):
-  assert (made.start, made.first, made.eos, made.turn, made.unk, made.pad) == (None, 2, 2, 2, 0, None)
+  assert (made.start, made.first, made.eos, made.turn, made.unk, made.pad) == (
+    None,
+    2,
+    2,
+    2,
+    0,
+    None,
+  )
   assert made.spelling == dict(
-    bos_token='<|im_start|>', eos_token='<|im_end|>', unk_token='<|endoftext|>', pad_token='<|im_end|>'
+    bos_token='<|im_start|>',
+    eos_token='<|im_end|>',
+    unk_token='<|endoftext|>',
+    pad_token='<|im_end|>',
   )
   assert made.encode('<|im_start|>a')[0] == 1
   assert made.decode([1, *made.encode('a'), 2]) == '<|im_start|>a'
@@ -128,7 +141,9 @@ def test_a_folder_as_older_transformers_wrote_it(made, tmp_path):
     dict(name='tools', template='x'), dict(name='default', template='y'),
   ])  # fmt: skip
   (tmp_path / 'tokenizer_config.json').write_text(json.dumps(named))
-  (tmp_path / 'generation_config.json').write_text(json.dumps(dict(bos_token_id=1, eos_token_id=[7, 2])))
+  (tmp_path / 'generation_config.json').write_text(
+    json.dumps(dict(bos_token_id=1, eos_token_id=[7, 2]))
+  )
   found = tokenizer.from_huggingface(str(tmp_path))
   assert (found.eos, found.roles['bos'], found.start, found.template) == (2, 1, None, 'y')
 
@@ -185,9 +200,15 @@ def test_decoding_may_draw_the_end_and_starts_with_the_prompt(made):
 
 
 WRONG = {
-  'no file': (lambda d: (d / 'tokenizer.json').unlink(), r'no tokenizer \(tokenizer.json is missing'),
+  'no file': (
+    lambda d: (d / 'tokenizer.json').unlink(),
+    r'no tokenizer \(tokenizer.json is missing',
+  ),
   'no JSON': (lambda d: (d / 'tokenizer.json').write_text('{'), 'not a tokenizer'),
-  'no tokenizer': (lambda d: (d / 'tokenizer.json').write_text('{"model": {"vocab": {"<|im_end|>": 2}}}'), 'cannot be read'),
+  'no tokenizer': (
+    lambda d: (d / 'tokenizer.json').write_text('{"model": {"vocab": {"<|im_end|>": 2}}}'),
+    'cannot be read',
+  ),
   'no end': (lambda d: (d / 'tokenizer_config.json').write_text('{}'), 'names no eos_token'),
   'config is no JSON': (lambda d: (d / 'tokenizer_config.json').write_text('['), 'is not JSON'),
   'latin': (lambda d: (d / 'tokenizer.json').write_bytes(b'\xe9'), 'is not UTF-8'),

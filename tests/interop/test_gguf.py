@@ -114,8 +114,12 @@ def test_every_type_is_what_the_package_dequantizes(kind, tmp_path):
   np.testing.assert_array_equal(params['embedding']['table'], values['token_embd.weight'])
   np.testing.assert_array_equal(block['ffn']['down'][0], values['blk.0.ffn_down.weight'].T)
   q = values['blk.0.attn_q.weight'].reshape(4, 32, 2, 256)  # head, pair, member of the pair
-  np.testing.assert_array_equal(block['mixer']['query'][0][:, :, :32], q[:, :, 0].transpose(2, 0, 1))
-  np.testing.assert_array_equal(block['mixer']['query'][0][:, :, 32:], q[:, :, 1].transpose(2, 0, 1))
+  np.testing.assert_array_equal(
+    block['mixer']['query'][0][:, :, :32], q[:, :, 0].transpose(2, 0, 1)
+  )
+  np.testing.assert_array_equal(
+    block['mixer']['query'][0][:, :, 32:], q[:, :, 1].transpose(2, 0, 1)
+  )
   assert np.isfinite(values['blk.0.attn_q.weight']).all()
 
 
@@ -125,7 +129,7 @@ def test_a_file_of_llama_cpps_converter_is_the_hugging_face_import(name, tmp_pat
   stored = load_file(REFERENCE / name / 'model.safetensors')
   tensors = {k: (x, KINDS.F32) for k, x in (theirs(n, x, told) for n, x in stored.items())}
   path = write(tmp_path / 'm.gguf', tensors, told)
-  model, params = huggingface.load(str(REFERENCE / name))
+  _, params = huggingface.load(str(REFERENCE / name))
   jax.tree.map(np.testing.assert_array_equal, gguf.File(path).parameters(), params)
   assert gguf.File(path).model() == huggingface.config(str(REFERENCE / name))
   # and what is written is what the converter writes
@@ -153,10 +157,13 @@ def test_there_and_back_is_the_packages_quantization(type_, tmp_path):
 
 
 def test_rows_that_do_not_divide_by_32_are_f16(tmp_path):
-  model, params = huggingface.load(str(REFERENCE / 'llama'))
+  _, params = huggingface.load(str(REFERENCE / 'llama'))
   told = huggingface.settings(str(REFERENCE / 'llama'))
   gguf.save(str(tmp_path / 'm.gguf'), params, told, type_='q8_0')
-  assert {t.tensor_type.name for t in package.GGUFReader(tmp_path / 'm.gguf').tensors} == {'F32', 'F16'}
+  assert {t.tensor_type.name for t in package.GGUFReader(tmp_path / 'm.gguf').tensors} == {
+    'F32',
+    'F16',
+  }
 
 
 def no(_):
@@ -179,8 +186,8 @@ WRONG = {
   'a missing tensor': (dict(leave=('blk.0.attn_k.weight',)), no, "no tensor 'blk.0.attn_k.weight', which the metadata"),
   'a missing table': (dict(leave=('token_embd.weight',)), no, "no tensor 'token_embd.weight'"),
   'a missing key': (dict(leave=('block_count',)), no, "no key 'llama.block_count'"),
-  'one tensor too many': (dict(extra={'blk.0.attn_rot.weight': EXTRA}), no, "has the tensor 'blk.0.attn_rot.weight', which"),
-  'another shape': (dict(extra={'blk.0.attn_q.weight': EXTRA}), no, r"'blk.0.attn_q.weight' has shape \(4,\), the metadata"),
+  'one tensor too many': (dict(extra={'blk.0.attn_rot.weight': EXTRA}), no, "the tensor 'blk.0.attn_rot.weight', which"),
+  'another shape': (dict(extra={'blk.0.attn_q.weight': EXTRA}), no, r"'blk.0.attn_q.weight' has shape \(4,\)"),
   'another type': (
     dict(extra={'blk.0.ffn_up.weight': (np.ones((256, 256), np.int32), KINDS.I32)}), no,
     "'blk.0.ffn_up.weight' of .* type I32, which is not read",
@@ -211,7 +218,7 @@ def test_wrong_input_gets_one_line(case, tmp_path):
 
 
 def test_what_cannot_be_written_leaves_nothing(tmp_path):
-  model, params = huggingface.load(str(REFERENCE / 'llama'))
+  _, params = huggingface.load(str(REFERENCE / 'llama'))
   told = huggingface.settings(str(REFERENCE / 'llama'))
   target = str(tmp_path / 'm.gguf')
   with pytest.raises(UserError, match="type 'q4_0'; did you mean 'q8_0'"):
@@ -220,7 +227,9 @@ def test_what_cannot_be_written_leaves_nothing(tmp_path):
     gguf.save(target, params, huggingface.settings(str(REFERENCE / 'gpt2')))
   with pytest.raises(UserError, match='in the parameters'):
     gguf.save(target, params, told | dict(vocab_size=25))
-  byte_level = dict(model=dict(type='BPE', vocab={'a': 0}, merges=[]), added_tokens=[], decoder=None)
+  byte_level = dict(
+    model=dict(type='BPE', vocab={'a': 0}, merges=[]), added_tokens=[], decoder=None
+  )
   words = Tokenizer(json.dumps(byte_level), roles=dict(eos=0))
   with pytest.raises(UserError, match='no BPE tokenizers without byte fallback'):
     gguf.save(target, params, told, words)

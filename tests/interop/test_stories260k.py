@@ -26,9 +26,7 @@ def stories():
 
 def test_it_writes_the_text_that_its_authors_publish(stories):
   model, params, words, _ = stories
-  said = generate.text(
-    model, params, words, [''], jax.random.key(0), max_new=200, temperature=0
-  )
+  said = generate.text(model, params, words, [''], jax.random.key(0), max_new=200, temperature=0)
   assert said[0] == (REAL / 'expected_greedy_200_steps.txt').read_text(encoding='utf-8')
   pieces = generate.stream_text(
     model, params, words, '', jax.random.key(0), max_new=200, temperature=0

@@ -11,9 +11,11 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from llm_jax.cli import generate, main
+from configs.pretrain import lm
+from llm_jax.cli import flags, generate, main
+from llm_jax.core import config as config_lib
+from llm_jax.core.config import build
 from llm_jax.core.errors import UserError
-from llm_jax.objectives import language
 from llm_jax.train import grow
 from tests.interop.test_stories260k import REAL
 
@@ -90,16 +92,19 @@ def train(folder, name, recipe, steps, *more):
 def of_run(folder, extra):
   where = '--config.source.task.vocab', '--config.hooks.heldout.source.task.vocab'
   found = [f'{t}=llm_jax.data.vocab:of_run' for t in where]
-  return found + [f'{t}.{k}={v}' for t in where for k, v in dict(path=f'{folder}/stories', **extra).items()]  # fmt: skip
+  extra = dict(path=f'{folder}/stories', **extra)
+  return found + [f'{t}.{k}={v}' for t in where for k, v in extra.items()]
 
 
 def test_ul2r_goes_on_from_a_real_model_and_resumes(stories, monkeypatch, capfd):
   monkeypatch.chdir(ROOT)
   extra = of_run(stories, dict(extra_ids=100, modes="('[R]','[S]','[X]')"))
   losses = train(stories, 'ul2r', 'ul2r', 6, *extra)
-  assert losses[0] < 6.5 and np.mean(losses[-2:]) < losses[0]
+  assert (
+    np.mean(losses[-2:]) < losses[0] < 10
+  )  # sentinels are new to it: a guess would cost log 615 = 6.4
   assert len(losses) == 6
-  model, params, words = generate.load(f'{stories}/ul2r')
+  model, _, words = generate.load(f'{stories}/ul2r')
   assert model.card.kind == 'prefix' and model.card.vocab == words.size == 512 + 103
   assert words.encode('[S]One') == [513, *words.encode('One')]
   # half way, killed, and on again: the same losses
@@ -115,24 +120,21 @@ def test_the_first_loss_is_the_models_own(stories, monkeypatch, capfd):
   """Continued pre-training on the text that the model itself writes begins where the model is."""
   monkeypatch.chdir(ROOT)
   told = json.loads((stories / 'stories/config.json').read_text())['model']
-  model, params, words = generate.load(f'{stories}/stories')
-  text = (REAL / 'expected_greedy_200_steps.txt').read_text(encoding='utf-8')
-  ids = np.array([[words.start, *words.encode(text)[:127]]])
-  own = language.next_token(model, params, dict(inputs=ids[:, :-1], targets=ids[:, 1:]), None)
-  config = stories / 'continued.json'
-  from configs.pretrain import lm
-  from llm_jax.core import config as config_lib
-
   c = lm.get_config('batch=2,length=128,steps=4')
   c.model = config_lib.from_json(json.dumps(told))
   c.init.init_from = f'{stories}/stories'
   c.optimizer.schedule.peak = 1e-3
-  config.write_text(config_lib.to_json(c))
+  (stories / 'continued.json').write_text(config_lib.to_json(c))
   task = '--config.source.task', '--config.hooks.heldout.source.task'
-  flags = [f'{t}=llm_jax.data.tasks:text' for t in task]
-  flags += [f'{t}.train=("{stories}/text.txt",)' for t in task] + of_run(stories, {})
-  flags += ['--config.hooks.samples.at=()', '--config.log_every=1', '--config.mesh.data=1']
-  assert main.main(['train', f'--config={config}', *flags, f'--workdir={stories}/more']) == 0
+  arguments = [f'--config={stories}/continued.json']
+  arguments += [f'{t}=llm_jax.data.tasks:text' for t in task]
+  arguments += [f'{t}.train=("{stories}/text.txt",)' for t in task] + of_run(stories, {})
+  arguments += ['--config.hooks.samples.at=()', '--config.log_every=1', '--config.mesh.data=1']
+  cfg = flags.read_config(arguments)
+  model, params, _ = generate.load(f'{stories}/stories')
+  first = build(cfg.source)(model)(None)
+  own = build(cfg.objective)(model, params, first, None)
+  assert main.main(['train', *arguments, f'--workdir={stories}/more']) == 0
   lines = (stories / 'more/metrics.jsonl').read_text().splitlines()
   losses = [x['loss'] for x in map(json.loads, lines) if 'loss' in x]
-  assert abs(losses[0] - float(own.sum / own.weight)) < 0.5 and losses[-1] < losses[0]
+  assert abs(losses[0] - float(own.sum / own.weight)) < 1e-4 and losses[-1] < losses[0]
