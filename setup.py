@@ -24,8 +24,10 @@ setup(
     'einops>=0.8',
     'etils>=1.12',
     'flax>=0.12',
+    'gguf>=0.17',
     'grain>=0.2.18',
     'jax>=0.10',
+    'jinja2>=3.1',
     'matplotlib>=3.9',
     'ml-collections>=1.0',
     'numpy>=2.0',
@@ -38,6 +40,7 @@ setup(
     'tensorflow>=2.21',
     'tensorflow-datasets>=4.9.9',
     'tensorflow-text>=2.21',
+    'tokenizers>=0.21',
     'tqdm>=4.66',
   ],
   extras_require={

@@ -18,6 +18,9 @@ BRIDGE = 'llm_jax/data/seqio_bridge.py'  # the only file that imports TensorFlow
 PLACES = {
   'flax.linen': ('llm_jax/model/', False),
   'orbax': ('llm_jax/train/checkpoint.py', False),
+  'gguf': ('llm_jax/interop/gguf.py', True),
+  'tokenizers': ('llm_jax/data/tokenizer.py', True),
+  'jinja2': ('llm_jax/data/chat.py', True),
   'grain': ('llm_jax/data/', False),
   'seqio': (BRIDGE, False),
   'tensorflow': (BRIDGE, False),

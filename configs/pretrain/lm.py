@@ -41,7 +41,7 @@ def get_config(text=None):
     steps=arg.steps,
     microbatches=1,
     trainable=None,
-    init=dict(init_from=None, rename=(), only=None),
+    init=dict(init_from=None, rename=(), only=None, grow=None),
     hooks=hook_set(source, every=max(1, arg.steps // 10)),
     checkpoint=dict(every=max(1, arg.steps // 4), keep=3),
     log_every=10,

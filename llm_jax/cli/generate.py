@@ -2,9 +2,13 @@ r"""Text from a trained model: one prompt streams to the terminal, several (or -
 
   llm-jax generate --workdir=runs/quickstart --prompt="ROMEO:"
   llm-jax generate --workdir=DIR --prompts_file=prompts.txt --num=3 --temperature=0
+  llm-jax generate --workdir=runs/smollm2 --chat
 
 The workdir is all it needs: config, vocabulary and newest checkpoint. Without a prompt it starts a new document.
 Mode tokens and sentinels are written as text: --prompt="[S]ROMEO:", --prompt="To be <extra_id_0> not to be".
+
+--chat writes what is said as the model's chat template does: a --prompt is answered once; without one every line of the
+input is a turn of a conversation, until it ends (Ctrl-D).
 """
 
 import itertools
@@ -16,6 +20,7 @@ from typing import Any
 import jax
 from absl import flags
 
+from llm_jax.cli import chat
 from llm_jax.cli.flags import parse
 from llm_jax.cli.main import main as command
 from llm_jax.core.config import build, from_json
@@ -36,6 +41,8 @@ def main(argv: list[str]) -> int:
   settings, prompts = _settings(given), _prompts(given)
   try:
     model, params, words = load(given.workdir, given.step)
+    if given.chat:
+      return chat.converse(model, params, words, prompts, given.seed, settings)
     _note_end(model, words, prompts, given.max_new)
     key, shown = jax.random.key(given.seed), model.card.kind != 'encoder_decoder'
     if len(prompts) == 1:
@@ -54,8 +61,16 @@ def main(argv: list[str]) -> int:
 
 def load(workdir: str | None, step: int | None = None) -> tuple[Any, Any, Any]:
   """(model, params, vocabulary) of the run in `workdir` at a step that was kept, default the newest."""
+  _, model, params = load_model(workdir, step)
+  return model, params, vocab.load(os.path.join(os.path.expanduser(workdir), 'vocab'))
+
+
+def load_model(
+  workdir: str | None, step: int | None = None, flag: str = 'workdir'
+) -> tuple[Any, Any, Any]:
+  """(the model's part of the config, model, params) of a run. flag: the one that names it."""
   if not workdir:
-    raise UserError('name the run to generate from: --workdir=DIR')
+    raise UserError(f'name the run: --{flag}=DIR')
   workdir = os.path.expanduser(workdir)
   path, folder = os.path.join(workdir, 'config.json'), os.path.join(workdir, 'checkpoints')
   kept = sorted(int(n) for n in os.listdir(folder) if n.isdigit()) if os.path.isdir(folder) else []
@@ -70,12 +85,11 @@ def load(workdir: str | None, step: int | None = None) -> tuple[Any, Any, Any]:
       f'{workdir} has no checkpoint of step {step}; kept: {", ".join(map(str, kept))}'
     )
   with open(path, encoding='utf-8') as f:
-    described = json.load(f)['model']  # the rest is neither needed nor imported
-  model = build(from_json(json.dumps(described)))()
+    described = from_json(json.dumps(json.load(f)['model']))  # the rest is not needed nor imported
+  model = build(described)()
   shapes = jax.eval_shape(model.init, jax.random.key(0))
   source = workdir if step is None else os.path.join(folder, str(step))
-  params = checkpoint.load_params(source, shapes)
-  return model, params, vocab.load(os.path.join(workdir, 'vocab'))
+  return described, model, checkpoint.load_params(source, shapes)
 
 
 def _flags() -> flags.FlagValues:
@@ -93,6 +107,7 @@ def _flags() -> flags.FlagValues:
   flags.DEFINE_string('preset', None, f'settings of a paper: {", ".join(logits_lib.PRESETS)}', **at)
   flags.DEFINE_integer('seed', 0, 'the same seed gives the same text', **at)
   flags.DEFINE_integer('num', 1, 'samples per prompt', lower_bound=1, **at)
+  flags.DEFINE_bool('chat', False, 'answer as the chat template of the model says', **at)
   flags.DEFINE_integer('step', None, 'step of the checkpoint; default the newest', **at)
   return values
 

@@ -53,7 +53,7 @@ def main(argv: list[str]) -> int:
     with checkpoint.Saver(
       workdir, steps=cfg.steps, config_json=to_json(cfg), **cfg.checkpoint
     ) as saver:
-      last = saver.restore(first, source, writer, **cfg.init)
+      last = saver.restore(first, source, writer, **build(cfg.init))
       report.record(workdir, to_json(cfg), source.vocab)
       run = Run(model, source, saver, writer, workdir, cfg.steps)
       chosen = [build(hook)(run) for hook in cfg.hooks.values()]  # in the order of their names

@@ -1,19 +1,19 @@
 r"""The batch: what every array in it means, how examples become rows, and how rows are filled.
 
-    name               shape                       meaning
-    inputs             [batch, length] int32       what the decoder reads: targets shifted right per segment, first 0
-    targets            [batch, length] int32       what it predicts: inputs then targets of the example; 0 = padding
-    weights            [batch, length] float32     1 where the prediction counts: on the example's targets
-    positions          [batch, length] int32       0, 1, 2 ... restarting in every segment
-    segments           [batch, length] int32       1, 2 ... per example in the row; 0 = padding
-    prefix             [batch, length] bool        keys that every query of the segment may see: positions 0 .. P, where
+    name               shape                       meaning inputs             [batch, length] int32       what the
+    decoder reads: targets shifted right per segment, `first` first targets            [batch, length] int32
+    what it predicts: inputs then targets of the example; 0 = padding weights            [batch, length] float32     1
+    where the prediction counts: on the example's targets positions          [batch, length] int32       0, 1, 2 ...
+    restarting in every segment segments           [batch, length] int32       1, 2 ... per example in the row; 0 =
+    padding prefix             [batch, length] bool        keys that every query of the segment may see: positions 0
+    .. P, where
                                                    P = length of the example's inputs (position 0 holds the start)
     encoder/inputs     [batch, encoder] int32      encoder-decoder models only; then the decoder holds targets alone
     encoder/positions, encoder/segments            as above; decoder segment k looks at encoder segment k
 
 `positions` and `segments` are absent where each row is one segment that starts at 0 (`concatenate`, no encoder),
-`prefix` is absent unless the model is a prefix decoder. What is absent never changes from batch to batch. Ids: 0
-padding, 1 end of document.
+`prefix` is absent unless the model is a prefix decoder. What is absent never changes from batch to batch. Ids of our
+own vocabularies: 0 padding and first, 1 end of document; imported ones have theirs.
 """
 
 import bisect
@@ -24,12 +24,15 @@ import numpy as np
 
 
 class Layout(NamedTuple):
-  """kind: 'causal', 'prefix' or 'encoder_decoder'. segments: whether positions and segments are emitted."""
+  """kind: 'causal', 'prefix' or 'encoder_decoder'. segments: whether positions and segments are emitted. first: the id
+  that a decoder reads before an example. eos: ends a document."""
 
   kind: str
   length: int
   encoder_length: int
   segments: bool
+  first: int = 0
+  eos: int = 1
 
 
 class Plan(NamedTuple):
@@ -143,9 +146,8 @@ def put(
   inputs, targets = example
   start, given = at, 0
   if layout.kind == 'encoder_decoder':
-    inputs = (
-      inputs if len(inputs) else np.ones(1, np.int32)
-    )  # an encoder must have something to look at
+    if not len(inputs):  # an encoder must have something to look at
+      inputs = np.array([layout.eos], np.int32)
     span = slice(encoder_at, encoder_at + len(inputs))
     batch['encoder/inputs'][row, span] = inputs
     batch['encoder/positions'][row, span] = _arange(len(inputs))
@@ -155,6 +157,7 @@ def put(
     batch['targets'][row, start : start + given] = inputs
   end = start + given + len(targets)
   batch['targets'][row, start + given : end] = targets
+  batch['inputs'][row, start] = layout.first
   batch['inputs'][row, start + 1 : end] = batch['targets'][row, start : end - 1]
   batch['weights'][row, start + given : end] = 1
   if layout.segments:

@@ -10,8 +10,8 @@ the rest. Targets hold every token that `inputs` lacks, in order, so the two tog
   last_quarter     span corruption whose one span is the end | sentinel and the end               (OBJ-005)
   ul2, ul2r        one of several, its mode token first      |                                    (OBJ-004, OBJ-006)
 
-A document's end (id 1) belongs to the last chunk of it. Causal and prefix targets end with it there and nowhere else;
-span corruption ends its inputs and its targets with id 1 in every chunk, as T5 does.
+A document's end (`vocab.eos`) belongs to the last chunk of it. Causal and prefix targets end with it there and nowhere
+else; span corruption ends its inputs and its targets with it in every chunk, as T5 does.
 """
 
 import bisect
@@ -23,7 +23,7 @@ import numpy as np
 
 from llm_jax.core.errors import UserError, nearest
 
-EOS = 1
+EOS = 1  # of our own vocabularies; imported ones bring theirs
 
 
 class Denoiser(NamedTuple):
@@ -44,13 +44,13 @@ class Denoiser(NamedTuple):
 
 def causal(vocab: Any = None) -> Denoiser:
   """Language modelling: predict all of it, L = sum log p(x_i | x_<i)."""
-  del vocab
+  end_id = EOS if vocab is None else vocab.eos
 
   def lengths(n, end, u):
     return np.zeros_like(n), n + end
 
   def apply(ids, end, u, rng):
-    return ids[:0], _with_end(ids) if end else ids
+    return ids[:0], np.append(ids, np.int32(end_id)) if end else ids
 
   return Denoiser(lengths, apply, lambda n: (np.zeros_like(n), n, n), lambda n: 0)
 
@@ -59,7 +59,7 @@ def prefix_lm(vocab: Any, *, mode: str = '') -> Denoiser:
   """The text before a pivot drawn uniformly from 0 .. n-1 is given, the rest predicted (Raffel et al. 2019, section
   3.2).
   """
-  head = _mode(vocab, mode)
+  head, end_id = _mode(vocab, mode), np.int32(vocab.eos)
 
   def lengths(n, end, u):
     pivot = (u * n).astype(np.int64)
@@ -68,7 +68,7 @@ def prefix_lm(vocab: Any, *, mode: str = '') -> Denoiser:
   def apply(ids, end, u, rng):
     pivot = int(u * len(ids))
     rest = ids[pivot:]
-    return np.concatenate([head, ids[:pivot]]), _with_end(rest) if end else rest
+    return np.concatenate([head, ids[:pivot]]), np.append(rest, end_id) if end else rest
 
   return Denoiser(lengths, apply, lambda n: (n - 1 + len(head), n, n + len(head)), lambda n: 0)
 
@@ -224,7 +224,7 @@ def _spans(vocab: Any, counts: Callable, mode: str) -> Denoiser:
   head, sentinels, end_id = (
     _mode(vocab, mode),
     np.asarray(vocab.sentinels),
-    np.array([EOS], np.int32),
+    np.array([vocab.eos], np.int32),
   )
 
   def lengths(n, end, u):
@@ -257,8 +257,8 @@ def _spans(vocab: Any, counts: Callable, mode: str) -> Denoiser:
     is_noise = np.repeat(_alternate(spans), parts)
     after = kept.cumsum() + (_arange(spans) + len(head))
     before = hidden.cumsum() - hidden + _arange(spans)
-    inputs = _interleave(ids[~is_noise], sentinels[:spans], after, head)
-    return inputs, _interleave(ids[is_noise], sentinels[:spans], before, head[:0])
+    inputs = _interleave(ids[~is_noise], sentinels[:spans], after, head, vocab.eos)
+    return inputs, _interleave(ids[is_noise], sentinels[:spans], before, head[:0], vocab.eos)
 
   def longest(n):
     inputs, targets = lengths(n, False, None)
@@ -268,13 +268,13 @@ def _spans(vocab: Any, counts: Callable, mode: str) -> Denoiser:
 
 
 def _interleave(
-  text: np.ndarray, marks: np.ndarray, at: np.ndarray, head: np.ndarray
+  text: np.ndarray, marks: np.ndarray, at: np.ndarray, head: np.ndarray, eos: int
 ) -> np.ndarray:
   """head, then `text` with `marks` at the positions `at` of the result, then end of document."""
   out = np.empty(len(head) + len(text) + len(marks) + 1, np.int32)
   is_text = np.ones(len(out) - 1, bool)
   is_text[at] = is_text[: len(head)] = False
-  out[:-1][is_text], out[at], out[: len(head)], out[-1] = text, marks, head, EOS
+  out[:-1][is_text], out[at], out[: len(head)], out[-1] = text, marks, head, eos
   return out
 
 
@@ -286,10 +286,6 @@ def _arange(n: int) -> np.ndarray:
 @functools.cache
 def _alternate(n: int) -> np.ndarray:
   return np.arange(2 * n) % 2 == 1
-
-
-def _with_end(ids: np.ndarray) -> np.ndarray:
-  return np.append(ids, np.int32(EOS))
 
 
 def _mode(vocab: Any, mode: str) -> np.ndarray:

@@ -64,7 +64,7 @@ def make(
     raise UserError(f'there is no split {split!r}; known: {", ".join(made.corpora[0].splits)}')
   check_vocab(model.card, made.vocab)
   noise, filler = denoiser(made.vocab), rows()
-  layout = _layout(model.card.kind, length, encoder_length, filler)
+  layout = _layout(model.card.kind, length, encoder_length, filler, made.vocab)
   cut = readers.Cut(
     _raw_length(noise, layout, made.vocab), filler.windows, jitter and shuffle, seed
   )
@@ -310,11 +310,16 @@ def _processes(index: int | None, count: int | None) -> tuple[int, int]:
 
 
 def _layout(
-  kind: str, length: int, encoder_length: int | None, filler: batch_lib.Rows
+  kind: str, length: int, encoder_length: int | None, filler: batch_lib.Rows, vocab: Any
 ) -> batch_lib.Layout:
   encoder = kind == 'encoder_decoder'
   return batch_lib.Layout(
-    kind, length, (encoder_length or length) if encoder else 0, encoder or not filler.windows
+    kind,
+    length,
+    (encoder_length or length) if encoder else 0,
+    encoder or not filler.windows,
+    vocab.first,
+    vocab.eos,
   )
 
 

@@ -48,13 +48,32 @@ def text_of(documents: Sequence[str]) -> Text:
   return Text('documents', key, lambda limit: iter(documents))
 
 
-class _Vocabulary:
-  """What both vocabularies share: the markers around the pieces.
+class Vocabulary:
+  """What all vocabularies share: the markers after the pieces.
 
-  base: number of ids below the markers. modes: their spellings. extra_ids: number of sentinels.
+  base: number of ids below the markers. modes: their spellings. extra_ids: number of sentinels. pad: id that is never
+  generated, None for none. eos: ends a document. start: read before a document and before every prompt; None: nothing
+  is, and where something has to be (in training, before an empty prompt) it is eos, the end of the document before.
+  template: how a conversation is written (see data/chat.py), None for a model that has not learned one; turn: ends an
+  answer.
   """
 
-  pad, eos, unk = PAD, EOS, UNK
+  pad: int | None
+  unk: int | None
+  start: int | None
+  pad, eos, unk, start = PAD, EOS, UNK, PAD
+  template: str | None = None
+  file = _MODEL  # holds `_content()` in the folder of the vocabulary
+
+  @property
+  def turn(self) -> int:
+    """The id that ends an answer."""
+    return self.eos
+
+  @property
+  def first(self) -> int:
+    """The id that a decoder reads before a document."""
+    return self.eos if self.start is None else self.start
 
   def __init__(self, base: int, extra_ids: int, modes: Sequence[str]):
     self.base, self.extra_ids = base, extra_ids
@@ -104,6 +123,12 @@ class _Vocabulary:
     """`piece_bytes`, but 0 for markers: what of the text each id of a denoiser's targets stands for."""
     return np.where(np.arange(self.size) < self.base, self.piece_bytes, 0)
 
+  def with_markers(self, extra_ids: int, modes: Sequence[str]) -> 'Vocabulary':
+    """The same pieces and ids, followed by these markers."""
+    raise UserError(
+      f'a vocabulary of {type(self).__name__} has its markers from the start: train it with extra_ids and modes'
+    )
+
   @property
   def fingerprint(self) -> str:
     """Changes when any id changes its meaning."""
@@ -115,7 +140,7 @@ class _Vocabulary:
     """Writes what `load(folder)` reads."""
     os.makedirs(folder, exist_ok=True)
     if self._content():
-      with open(os.path.join(folder, _MODEL), 'wb') as f:
+      with open(os.path.join(folder, self.file), 'wb') as f:
         f.write(self._content())
     with open(os.path.join(folder, _SETTINGS), 'w', encoding='utf-8') as f:
       json.dump(self._settings(), f, indent=1)
@@ -135,7 +160,7 @@ class _Vocabulary:
     return b''
 
 
-class SentencePiece(_Vocabulary):
+class SentencePiece(Vocabulary):
   """A SentencePiece model (Kudo and Richardson 2018, arXiv:1808.06226) with markers after its pieces."""
 
   def __init__(self, model: bytes, *, extra_ids: int, modes: Sequence[str] = MODES):
@@ -171,7 +196,7 @@ class SentencePiece(_Vocabulary):
     return self.model
 
 
-class Bytes(_Vocabulary):
+class Bytes(Vocabulary):
   """The UTF-8 bytes themselves: id = byte + 3 (ByT5; Xue et al. 2021, arXiv:2105.13626)."""
 
   def __init__(self, *, extra_ids: int, modes: Sequence[str] = MODES):
@@ -261,7 +286,29 @@ def file(
     ) from e
 
 
-def load(folder: str) -> SentencePiece | Bytes:
+def of_run(
+  text: Text | None = None, *, path: str, extra_ids: int = 0, modes: tuple = ()
+) -> Vocabulary:
+  """The vocabulary of the run in `path`, to train on with its weights, with markers after its ids where it has none.
+
+  The ids it has keep their meaning; `train.grow.vocabulary` gives the weights the rows that the markers need.
+  """
+  del text
+  found = load(os.path.join(os.path.expanduser(path), 'vocab'))
+  if not extra_ids and not modes:
+    return found
+  if found.size > found.base:
+    have = (found.extra_ids, tuple(found.modes))
+    if have != (extra_ids, tuple(modes)):
+      raise UserError(
+        f'the vocabulary of {path} has {have[0]} sentinels and the modes {have[1]} already: set vocab.extra_ids=0 and '
+        'vocab.modes=() to use it as it is'
+      )
+    return found
+  return found.with_markers(extra_ids, modes)
+
+
+def load(folder: str) -> Vocabulary:
   """The vocabulary that `save(folder)` wrote."""
   path = os.path.join(folder, _SETTINGS)
   if not os.path.isfile(path):
@@ -270,6 +317,10 @@ def load(folder: str) -> SentencePiece | Bytes:
     )
   with open(path, encoding='utf-8') as f:
     settings = json.load(f)
+  if settings['kind'] == 'Tokenizer':
+    from llm_jax.data import tokenizer  # the library is imported for those who use one
+
+    return tokenizer.load(folder, settings)
   if settings['kind'] == 'Bytes':
     return bytes_(extra_ids=settings['extra_ids'], modes=tuple(settings['modes']))
   return file(

@@ -5,7 +5,8 @@ token before target `p` and predicts target `p`. Decoding does the same: a promp
 `[0] + prompt` at positions 0..n, and the output of position `n` is the first new token. The model writes the keys
 and values of position `p` into slot `p` of its state and a query sees the slots up to its own, so right-padded
 prompts of unequal length need nothing else: what padding left in a slot is overwritten before anyone may see it. A
-recurrent state cannot be overwritten, so the prefill's `segments` say which tokens are padding.
+recurrent state cannot be overwritten, so the prefill's `segments` say which tokens are padding. Imported models have
+another start (`vocab.start`) or none: then the prompt stands at positions 0..n-1.
 
 Causal models read the prompt left to right; prefix models see all of it from everywhere (`prefix` slots); of
 encoder-decoder models it is the encoder's input, and the decoder starts from id 0 alone.
@@ -27,7 +28,7 @@ from llm_jax.core import mesh
 from llm_jax.core.errors import UserError
 from llm_jax.decode import logits as logits_lib
 
-START = 0  # the decoder's first input, as in training
+START = 0  # the decoder's first input, as in training with vocabularies of our own
 
 
 class Output(NamedTuple):
@@ -84,21 +85,23 @@ def generate(
   top_k: int = 0,
   top_p: float = 1.0,
   eos: int | None = 1,
+  start: int | None = START,
   allowed: Any = None,
   rows: Any = None,
 ) -> Output:
   """Continues every prompt until it has drawn `eos` (None: never), `max_new` tokens, or filled the position table.
 
   prompts: int32 [batch, length], right-padded; lengths: int32 [batch], 0 starts a new document. Both host arrays, the
-  same on every process. temperature, top_k, top_p, allowed ([vocab] bool): see `logits.sample`; temperature 0 is
-  greedy. rows: int32 [batch], the numbers that individualise the rows' random keys (default 0, 1, ...).
+  same on every process. start: id in front of every prompt; None: nothing, and no prompt may be empty. temperature,
+  top_k, top_p, allowed ([vocab] bool): see `logits.sample`; temperature 0 is greedy. rows: int32 [batch], the numbers
+  that individualise the rows' random keys (default 0, 1, ...).
 
   A model with learned positions stops where their table ends (`lengths` tells); others go on past the length they
   were trained with. Raises `UserError` for a prompt that does not fit the model's context (`card.length`, start token
   included). Compiled once per shape and setting; inside `jax.set_mesh` the rows are spread over the batch axes.
   """
   settings = dict(max_new=max_new, temperature=temperature, top_k=top_k, top_p=top_p)
-  settings |= dict(eos=eos, allowed=allowed, rows=rows)
+  settings |= dict(eos=eos, start=start, allowed=allowed, rows=rows)
   static, fixed, carry = _start(model, params, prompts, lengths, key, **settings)
   out = _advance(static, params, fixed, carry, np.int32(max_new)).out
   batch = np.shape(prompts)[0]
@@ -143,7 +146,7 @@ def text(
   (a table rounded up for the mesh) are never drawn.
   """
   settings = dict(max_new=max_new, temperature=temperature, top_k=top_k, top_p=top_p, eos=vocab.eos)
-  settings |= dict(allowed=_allowed(model, vocab))
+  settings |= dict(start=vocab.start, allowed=_allowed(model, vocab))
   ids = [_encode(model, vocab, prompt) for prompt in prompts]
   found: list[str] = []
   for first in range(0, len(ids), batch):
@@ -151,7 +154,7 @@ def text(
     rows = first + np.arange(len(some))
     tokens, lengths, _ = generate(model, params, *_pad(model, some), key, rows=rows, **settings)
     for prompt, row, length in zip(some, np.asarray(tokens), np.asarray(lengths), strict=True):
-      found.append(''.join(_pieces(vocab, _shown(model, prompt), [row[:length]])))
+      found.append(''.join(_pieces(vocab, _shown(model, prompt), [row[:length]], vocab.eos)))
   return found
 
 
@@ -163,9 +166,22 @@ def stream_text(
   settings: those of `text`.
   """
   ids = _encode(model, vocab, prompt)
-  settings = dict(settings, eos=vocab.eos, allowed=_allowed(model, vocab))
+  settings = dict(settings, eos=vocab.eos, start=vocab.start, allowed=_allowed(model, vocab))
   columns = stream(model, params, *_pad(model, [ids]), key, **settings)
-  return _pieces(vocab, _shown(model, ids), columns)
+  return _pieces(vocab, _shown(model, ids), columns, vocab.eos)
+
+
+def stream_answer(
+  model: Any, params: Any, vocab: Any, conversation: str, key: jax.Array, **settings: Any
+) -> Iterator[str]:
+  """The answer to a conversation written as the model's chat template writes it (data/chat.py), in pieces.
+
+  The template writes the start itself, and the answer ends with the token that ends a turn. settings: those of `text`.
+  """
+  ids = _encode(model, vocab, conversation)
+  settings = dict(settings, eos=vocab.turn, start=None, allowed=_allowed(model, vocab))
+  columns = stream(model, params, *_pad(model, [ids]), key, **settings)
+  return _pieces(vocab, [], columns, vocab.turn)
 
 
 def limit(model: Any) -> float:
@@ -251,6 +267,7 @@ def _start(
   *,
   max_new: int = 100,
   eos: int | None = 1,
+  start: int | None = START,
   allowed: Any = None,
   rows: Any = None,
   **sample: float,
@@ -259,14 +276,14 @@ def _start(
   sample = dict(temperature=1.0, top_k=0, top_p=1.0) | sample
   logits_lib.check(**sample)
   prompts, lengths = np.asarray(prompts, np.int32), np.asarray(lengths, np.int32)
-  _check(model, prompts, lengths, max_new, allowed)
+  _check(model, prompts, lengths, max_new, start, allowed)
   if allowed is not None:  # nor is any of the rows that round up the table
     beyond = np.zeros(model.card.rows - model.card.vocab, bool)
     allowed = np.concatenate([np.asarray(allowed, bool), beyond])
   rows = np.arange(len(prompts)) if rows is None else np.asarray(rows)
   live = np.ones(len(prompts), bool)
   prompts, lengths, rows, live = (_fill(x) for x in (prompts, lengths, rows, live))
-  batch, last, slots = _layout(model, prompts, lengths, max_new)
+  batch, last, slots = _layout(model, prompts, lengths, max_new, start)
   context = {k: v for k, v in batch.items() if k not in ('inputs', 'positions', 'segments')}
   keys = jax.vmap(jax.random.fold_in, (None, 0))(key, rows)
   fixed = _Fixed(keys, np.int32(-1 if eos is None else eos), allowed, context)
@@ -275,19 +292,23 @@ def _start(
   return static, fixed, _prefill(static, params, batch, last, live, fixed)
 
 
-def _layout(model: Any, prompts: np.ndarray, lengths: np.ndarray, max_new: int) -> tuple:
+def _layout(
+  model: Any, prompts: np.ndarray, lengths: np.ndarray, max_new: int, start: int | None
+) -> tuple:
   """(the prefill's batch, position of each row's last token [batch], slots in the state)."""
-  width = int(min(prompts.shape[1], _room(model)))
+  width = int(min(prompts.shape[1], _room(model, start)))
   prompts = prompts[:, :width]  # what is cut is padding: `_check` saw to that
   real, zeros = np.arange(width) < lengths[:, None], np.zeros_like(lengths)
-  inputs = np.concatenate([zeros[:, None] + START, np.where(real, prompts, 0)], axis=1)
+  inputs, last = np.where(real, prompts, 0), np.maximum(lengths - 1, 0)
+  if start is not None:
+    inputs, last = np.concatenate([zeros[:, None] + start, inputs], axis=1), lengths
   batch = dict(inputs=inputs, positions=_count(inputs))
-  batch['segments'] = (batch['positions'] <= lengths[:, None]).astype(np.int32)
+  batch['segments'] = (batch['positions'] <= last[:, None]).astype(np.int32)
   slots = int(min(width + max_new, limit(model)))
   if model.card.kind == 'prefix':
-    batch['prefix'] = np.arange(slots) <= lengths[:, None]
+    batch['prefix'] = np.arange(slots) <= last[:, None]
   if model.card.kind != 'encoder_decoder':
-    return batch, lengths, slots
+    return batch, last, slots
   batch = dict(inputs=inputs[:, :1], positions=zeros[:, None])
   encoder = dict(inputs=inputs[:, 1:], positions=_count(prompts), segments=real.astype(np.int32))
   batch |= {f'encoder/{name}': x for name, x in encoder.items()}
@@ -299,7 +320,12 @@ def _count(x: np.ndarray) -> np.ndarray:
 
 
 def _check(
-  model: Any, prompts: np.ndarray, lengths: np.ndarray, max_new: int, allowed: Any
+  model: Any,
+  prompts: np.ndarray,
+  lengths: np.ndarray,
+  max_new: int,
+  start: int | None,
+  allowed: Any,
 ) -> None:
   card = model.card
   if max_new < 1:
@@ -316,7 +342,9 @@ def _check(
     raise UserError(
       f'allowed must have one entry for each of the {card.vocab} ids, got shape {np.shape(allowed)}'
     )
-  room = _room(model)
+  if start is None and (card.kind == 'encoder_decoder' or not lengths.min()):
+    raise UserError('without a start token every prompt needs one of its own: name the id as start')
+  room = _room(model, start)
   if lengths.max() > room:
     raise UserError(
       f'the prompt has {lengths.max()} tokens, the model reads at most {room} (its context is {card.length}): '
@@ -324,11 +352,11 @@ def _check(
     )
 
 
-def _room(model: Any) -> float:
+def _room(model: Any, start: int | None = START) -> float:
   """The longest prompt the model takes, in tokens: one position of a decoder's context is the start token's."""
   if model.card.length is None:
     return math.inf
-  return model.card.length - (model.card.kind != 'encoder_decoder')
+  return model.card.length - (start is not None and model.card.kind != 'encoder_decoder')
 
 
 def _fill(x: np.ndarray) -> np.ndarray:
@@ -338,15 +366,17 @@ def _fill(x: np.ndarray) -> np.ndarray:
 
 def _encode(model: Any, vocab: Any, prompt: str) -> list[int]:
   """The prompt's ids as in training: an encoder's input ends with eos where it holds sentinels (span corruption's
-  inputs do, those of prefix LM do not), and is eos alone where there is no text."""
+  inputs do, those of prefix LM do not), and is eos alone where there is no text. So is a prompt without start and
+  text."""
   if vocab.size > model.card.vocab:
     raise UserError(
       f'the vocabulary has {vocab.size} ids, the model {model.card.vocab}: use the one it was trained with'
     )
   ids = list(vocab.encode(prompt))
   sentinels = set(map(int, vocab.sentinels))
-  ends = model.card.kind == 'encoder_decoder' and (not ids or sentinels.intersection(ids))
-  return [*ids, vocab.eos] if ends else ids
+  if model.card.kind != 'encoder_decoder':
+    return ids if ids or vocab.start is not None else [vocab.eos]
+  return [*ids, vocab.eos] if not ids or sentinels.intersection(ids) else ids
 
 
 def _pad(model: Any, ids: Sequence[Sequence[int]]) -> tuple[np.ndarray, np.ndarray]:
@@ -361,7 +391,7 @@ def _pad(model: Any, ids: Sequence[Sequence[int]]) -> tuple[np.ndarray, np.ndarr
 
 def _allowed(model: Any, vocab: Any) -> np.ndarray:
   ids = np.arange(model.card.vocab)
-  return (ids < vocab.size) & (ids != vocab.pad)
+  return (ids < vocab.size) & (True if vocab.pad is None else ids != vocab.pad)
 
 
 def _shown(model: Any, prompt: list[int]) -> list[int]:
@@ -369,15 +399,15 @@ def _shown(model: Any, prompt: list[int]) -> list[int]:
   return [] if model.card.kind == 'encoder_decoder' else prompt
 
 
-def _pieces(vocab: Any, before: list[int], tokens: Any) -> Iterator[str]:
-  """The text that follows `before`, piece by piece; tokens: arrays of new ids in order. Ends at eos.
+def _pieces(vocab: Any, before: list[int], tokens: Any, end_id: int) -> Iterator[str]:
+  """The text that follows `before`, piece by piece; tokens: arrays of new ids in order, `end_id` is not shown.
 
   The whole is decoded each time, because a piece's text depends on its neighbours (spaces, bytes of one character).
   Trailing replacement characters may be a character whose last bytes are still to come, so up to three are held back.
   """
   ids, start = list(before), len(vocab.decode(before))
   for some in tokens:
-    ids += [int(i) for i in np.ravel(some) if i != vocab.eos]
+    ids += [int(i) for i in np.ravel(some) if i != end_id]
     whole = vocab.decode(ids)
     end = len(whole)
     while end > start and len(whole) - end < 3 and whole[end - 1] == '\ufffd':

@@ -46,15 +46,7 @@ def load(folder: str) -> tuple[Model, Any]:
 def save(folder: str, params: Any, told: Settings) -> None:
   """Writes parameters of the model that `told`, a config.json, describes. The folder appears once all is written."""
   family = families.family(told)
-  wanted = {path: x.shape for path, x in shapes(build(family.model(told))()).items()}
-  flat = {path: np.asarray(x, np.float32) for path, x in tree.flatten(params).items()}
-  found = {path: x.shape for path, x in flat.items()}
-  for path in sorted({*wanted, *found}):
-    if wanted.get(path) != found.get(path):
-      raise UserError(
-        f'{path!r} is {found.get(path)} in the parameters, {wanted.get(path)} by the config.json: '
-        'use the one they are of'
-      )
+  flat = checked(family, params, told)
   if os.path.exists(folder):
     raise UserError(f'{folder} exists: name a new folder')
   temporary = f'{os.path.abspath(folder)}.new'
@@ -64,6 +56,20 @@ def save(folder: str, params: Any, told: Settings) -> None:
     json.dump(dict(told), f, indent=1)
   save_file(to_theirs(family, flat), os.path.join(temporary, WEIGHTS), metadata={'format': 'pt'})
   os.rename(temporary, folder)
+
+
+def checked(family: Family, params: Any, told: Settings) -> dict[str, np.ndarray]:
+  """The parameters by path as f32, if they are of the model that `told` describes."""
+  wanted = {path: x.shape for path, x in shapes(build(family.model(told))()).items()}
+  flat = {path: np.asarray(x, np.float32) for path, x in tree.flatten(params).items()}
+  found = {path: x.shape for path, x in flat.items()}
+  for path in sorted({*wanted, *found}):
+    if wanted.get(path) != found.get(path):
+      raise UserError(
+        f'{path!r} is {found.get(path)} in the parameters, {wanted.get(path)} by the config.json: '
+        'use the one they are of'
+      )
+  return flat
 
 
 def settings(folder: str) -> dict[str, Any]:
@@ -125,32 +131,39 @@ def shapes(model: Model) -> dict[str, jax.ShapeDtypeStruct]:
 
 
 def to_ours(
-  family: Family, names: Iterable[str], read: Callable[[str], np.ndarray], wanted: Mapping[str, Any]
+  family: Family,
+  names: Iterable[str],
+  read: Callable[[str], np.ndarray],
+  wanted: Mapping[str, Any],
+  *,
+  told: str = 'its config.json',
 ) -> Any:
   """Their tensors as a tree of ours.
 
-  names: of the tensors there are. read: a name -> its values. wanted: our paths -> shapes.
+  names: of the tensors there are. read: a name -> its values. wanted: our paths -> shapes. told: what errors call that
+  which asks for these shapes.
   """
   there = {_bare(family, name): name for name in names}
   ours: dict[str, np.ndarray] = {}
   for row, paths, layers in _applying(family, wanted):
-    stacks = (layers is not None) + (
-      '#' in row.theirs
-    )  # leading axes of ours that are names of theirs
+    stacks = (layers is not None) + ('#' in row.theirs)  # axes of ours that are names of theirs
     sizes = [wanted[path].shape[stacks:] for path in paths]
 
     def one(theirs: str, row: Row = row, sizes: list = sizes) -> list[np.ndarray]:
       if theirs not in there:
-        raise UserError(f'the checkpoint has no tensor {theirs!r}, which its config.json asks for')
+        raise UserError(f'the checkpoint has no tensor {theirs!r}, which {told} asks for')
       name = there.pop(theirs)
-      return _import(row, family, name, read(name), sizes)
+      return _import(row, family, name, read(name), sizes, told)
 
-    found = [
-      _stacked([one(name) for name in of]) if '#' in row.theirs else one(of[0])
-      for of in _names(row, layers, wanted[paths[0]].shape)
-    ]
-    for path, parts in zip(paths, zip(*found, strict=True), strict=True):
-      ours[path] = np.stack(parts) if layers is not None else parts[0]
+    if layers is not None:  # filled layer by layer: never two copies of a stack
+      ours |= {path: np.empty(wanted[path].shape, np.float32) for path in paths}
+    for i, of in enumerate(_names(row, layers, wanted[paths[0]].shape)):
+      parts = _stacked([one(name) for name in of]) if '#' in row.theirs else one(of[0])
+      for path, part in zip(paths, parts, strict=True):
+        if layers is None:
+          ours[path] = part
+        else:
+          ours[path][i] = part
   # a head beside a tied table: the same values, or the config is of another checkpoint
   for row in family.rows:
     name = there.get(row.theirs) if row.ours == 'head/w' and 'head/w' not in wanted else None
@@ -164,9 +177,7 @@ def to_ours(
     raise UserError(f'the table of this architecture has no row for {missing[0]!r}')
   left = [name for bare, name in there.items() if not bare.endswith(family.ignored)]
   if left:
-    raise UserError(
-      f'the checkpoint has the tensor {left[0]!r}, which its config.json has no place for'
-    )
+    raise UserError(f'the checkpoint has the tensor {left[0]!r}, which {told} has no place for')
   return tree.unflatten(ours)
 
 
@@ -240,7 +251,12 @@ def _stacked(experts: list[list[np.ndarray]]) -> list[np.ndarray]:
 
 
 def _import(
-  row: Row, family: Family, name: str, x: np.ndarray, shapes: list[tuple[int, ...]]
+  row: Row,
+  family: Family,
+  name: str,
+  x: np.ndarray,
+  shapes: list[tuple[int, ...]],
+  told: str,
 ) -> list[np.ndarray]:
   """One tensor of theirs as one or several of ours."""
   left, right = row.pattern.split(' -> ')
@@ -262,7 +278,7 @@ def _import(
   x = x[row.skip :] + np.float32(row.add) if row.skip or row.add else x
   wanted = tuple(_size(group, sizes) for group in _groups(left))
   if x.shape != wanted:
-    raise UserError(f'the tensor {name!r} has shape {x.shape}, its config.json asks for {wanted}')
+    raise UserError(f'the tensor {name!r} has shape {x.shape}, {told} asks for {wanted}')
   if not together or axis is None:
     y = rearrange(x, row.pattern, **_used(sizes, row.pattern))
     return list(y) if together else [y]

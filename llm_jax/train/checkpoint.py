@@ -12,6 +12,7 @@ anything is read.
 import contextlib
 import json
 import logging
+import math
 import os
 import shutil
 import sys
@@ -144,11 +145,12 @@ class Saver:
     init_from: str | None = None,
     rename: Sequence[tuple[str, str]] = (),
     only: str | None = None,
+    grow: Callable | None = None,
   ) -> Any:
     """The newest good checkpoint of this workdir; without one, `state` with parameters from `init_from`, or as it is.
 
     state: arrays or `ShapeDtypeStruct`s with the shardings wanted. source, writer: tracked, see `track`; the writer
-    drops what it wrote after the step. init_from, rename, only: see `warm_start`. Raises `UserError` when the
+    drops what it wrote after the step. init_from, rename, only, grow: see `warm_start`. Raises `UserError` when the
     checkpoint is of another model, or when there are checkpoints but none is good.
     """
     self._restored = {}
@@ -160,7 +162,9 @@ class Saver:
       return self._newest(state, steps)
     if writer is not None:
       writer.restore(None)
-    return state if init_from is None else warm_start(state, init_from, rename=rename, only=only)
+    if init_from is None:
+      return state
+    return warm_start(state, init_from, rename=rename, only=only, grow=grow)
 
   def rewind(self, state: Any, step: int) -> Any:
     """The newest good checkpoint of at most `step`, or None; data and metrics as of then, later ones are deleted."""
@@ -266,16 +270,23 @@ class Saver:
 
 
 def warm_start(
-  state: Any, path: str, *, rename: Sequence[tuple[str, str]] = (), only: str | None = None
+  state: Any,
+  path: str,
+  *,
+  rename: Sequence[tuple[str, str]] = (),
+  only: str | None = None,
+  grow: Callable | None = None,
 ) -> Any:
   """`state` with parameters from another run; step and optimizer start afresh, a moving average starts from them.
 
   path: a workdir (its newest good checkpoint) or the folder of one step. rename: (regex, replacement) pairs applied
   to the stored names (`decoder/norm/scale`). only: a regex on the names here; the parameters it finds are loaded, the
-  others stay. Without it every parameter here and there must have its partner. Values are cast to the dtype here.
+  others stay. Without it every parameter here and there must have its partner. grow(path, stored, fresh) -> what to use
+  of a stored parameter of another shape than the fresh one here, see `train.grow`. Values are cast to the dtype here.
   """
   wanted = partners.wanted(tree.flatten(state.params), only)
-  new = _load(path, wanted, lambda stored: partners.renamed(path, stored, wanted, rename, only))
+  choose = lambda stored: partners.renamed(path, stored, wanted, rename, only)
+  new = _load(path, wanted, choose, grow)
   params = tree.map_paths(lambda p, x: new.get(p, x), state.params)
   return state.replace(params=params, opt_state=partners.refresh(state.opt_state, new))
 
@@ -290,7 +301,9 @@ def load_params(path: str, params: Any) -> Any:
   return tree.map_paths(lambda p, _: new[p], params)
 
 
-def _load(path: str, wanted: dict[str, Any], choose: Callable) -> dict[str, Any]:
+def _load(
+  path: str, wanted: dict[str, Any], choose: Callable, grow: Callable | None = None
+) -> dict[str, Any]:
   """Arrays for the targets `wanted`. choose: stored paths -> {target: stored path}. Damaged ones are passed over."""
   for folder in folders.newest_first(path):
     try:
@@ -300,13 +313,18 @@ def _load(path: str, wanted: dict[str, Any], choose: Callable) -> dict[str, Any]
       for p, stored in chosen.items():
         shape, dtype, *_ = meta['leaves'][stored]
         there, here = tuple(shape), tuple(wanted[p].shape)
+        where = _sharding(wanted[p])
         if there != here:
-          raise UserError(
-            f'{p!r} has shape {there} in {folder} and {here} here: use a matching config or only=REGEX'
-          )
-        targets[stored] = jax.ShapeDtypeStruct(shape, dtype, sharding=_sharding(wanted[p]))
+          if grow is None:
+            raise UserError(
+              f'{p!r} has shape {there} in {folder} and {here} here: use a matching config or only=REGEX'
+            )
+          where = where if where.num_devices == 1 else _everywhere(where)  # it may not divide
+        targets[stored] = jax.ShapeDtypeStruct(shape, dtype, sharding=where)
       arrays = _read(folder, meta['leaves'], targets)
-      return {p: arrays[stored].astype(wanted[p].dtype) for p, stored in chosen.items()}
+      fit = lambda p, x: x if x.shape == wanted[p].shape else grow(p, x, wanted[p])
+      new = {p: fit(p, arrays[stored]) for p, stored in chosen.items()}
+      return {p: x.astype(wanted[p].dtype) for p, x in new.items()}
     except damage.Damaged as e:
       print(f'warning: {folder} is damaged ({e})', file=sys.stderr, flush=True)
   raise UserError(f'no checkpoint in {path} can be read, see above: name another run')
@@ -373,7 +391,10 @@ def _read(folder: str, leaves: dict[str, list], targets: dict[str, Any]) -> dict
   })  # fmt: skip
   restore_args = ocp.checkpoint_utils.construct_restore_args(item)
   args = ocp.args.PyTreeRestore(item=item, restore_args=restore_args, partial_restore=True)
-  handler, place = ocp.PyTreeCheckpointHandler(), epath.Path(folder) / 'state'
+  sizes = [math.prod(x.shape) * x.dtype.itemsize for x in targets.values()]
+  flight = (1 << 20) + max(sum(sizes) // 5, *sizes)  # bytes on their way: bounds the peak memory
+  handler = ocp.PyTreeCheckpointHandler(restore_concurrent_gb=flight / 1e9)
+  place = epath.Path(folder) / 'state'
   arrays = tree.flatten(_together(lambda: handler.restore(place, args=args)))
   for path, sums in checksum.of(arrays).items():
     if list(sums) != leaves[path][2:]:
@@ -391,6 +412,11 @@ def _together(read: Callable[[], Any]) -> Any:
     error = e
   processes.agree(error, damage.Damaged('another process cannot read its part'))
   return result
+
+
+def _everywhere(sharding: Any) -> jax.sharding.Sharding:
+  """Whole on each device of the mesh."""
+  return jax.sharding.NamedSharding(sharding.mesh, jax.sharding.PartitionSpec())
 
 
 def _sharding(x: Any) -> jax.sharding.Sharding:

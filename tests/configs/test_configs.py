@@ -177,7 +177,9 @@ def test_gpt3_alternates_dense_and_banded_layers():
   assert [(kind.repeats, kind.mixers[0].window) for kind in card.decoder] == [(6, None), (6, 256)]
   dense = build(read('configs/pretrain/gpt3.py', 'small').model)().card
   assert count.total(card) == count.total(dense)
-  assert sum(count.forward_flops(card, 2048).values()) < sum(count.forward_flops(dense, 2048).values())
+  assert sum(count.forward_flops(card, 2048).values()) < sum(
+    count.forward_flops(dense, 2048).values()
+  )
 
 
 @pytest.mark.parametrize(('size', 'tokens'), [('small', 4), ('175b', 12)])

@@ -1,0 +1,60 @@
+"""Conversations as text: a model's own chat template, a Jinja program that came with its weights.
+
+    chat.render(words, [dict(role='user', content='What is 2+2?')])
+
+A template is somebody else's program, so it runs in Jinja's sandbox, with what transformers gives it: blocks trimmed,
+`raise_exception`, `tojson` that keeps characters as they are, `strftime_now`, loop controls, the special tokens.
+"""
+
+import datetime
+import functools
+import json
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+from llm_jax.core.errors import UserError
+
+
+def render(
+  vocab: Any, messages: Sequence[Mapping[str, Any]], *, add_generation_prompt: bool = True
+) -> str:
+  """The text of a conversation as the model learned to read it.
+
+  vocab: with `template` and `spelling` (see data/tokenizer.py). messages: dicts of role ('system', 'user',
+  'assistant') and content. add_generation_prompt: whether the beginning of the answer follows. Raises `UserError` when
+  there is no template, or it refuses the messages.
+  """
+  import jinja2
+
+  if vocab.template is None:
+    raise UserError(
+      'this model has no chat template, so it was not taught to converse: leave out --chat, or convert a model that '
+      'has one (make smollm2)'
+    )
+  try:
+    return _compiled(vocab.template).render(
+      messages=list(messages), add_generation_prompt=add_generation_prompt, **vocab.spelling
+    )
+  except jinja2.exceptions.TemplateError as e:
+    said = ' '.join(str(e).split())
+    raise UserError(f'the chat template refuses these messages: {said}') from e
+
+
+@functools.cache
+def _compiled(template: str) -> Any:
+  import jinja2
+  import jinja2.sandbox
+
+  def raise_exception(message: str) -> None:
+    raise jinja2.exceptions.TemplateError(message)
+
+  def tojson(value: Any, indent: int | None = None) -> str:
+    return json.dumps(value, ensure_ascii=False, indent=indent)
+
+  environment = jinja2.sandbox.ImmutableSandboxedEnvironment(
+    trim_blocks=True, lstrip_blocks=True, extensions=['jinja2.ext.loopcontrols']
+  )
+  environment.filters['tojson'] = tojson
+  environment.globals['raise_exception'] = raise_exception
+  environment.globals['strftime_now'] = lambda form: datetime.datetime.now().strftime(form)
+  return environment.from_string(template)
