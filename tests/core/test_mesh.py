@@ -56,7 +56,7 @@ def test_make_refuses(wrong, message):
 
 def test_spec_by_kind_of_array():
   assert mesh.spec('embed', 'heads', 'head_dim', kind='weights') == P('fsdp', 'tensor', None)
-  assert mesh.spec('batch', 'length', 'embed') == P(('data', 'fsdp'), None, None)
+  assert mesh.spec('batch', 'length', 'embed') == P(('data', 'fsdp', 'expert'), None, None)
   assert mesh.spec(None, 'ffn') == P(None, 'tensor')
   assert mesh.spec() == P()
 

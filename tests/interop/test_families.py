@@ -111,11 +111,7 @@ def test_there_and_back_is_the_identity(name, tmp_path):
       np.testing.assert_allclose(again[tensor], value, atol=1e-6, err_msg=tensor)
 
 
-# until model/count.py describes mixers without heads
-UNCOUNTED = ('mamba', 'mamba2', 'rwkv')
-
-
-@pytest.mark.parametrize('name', [name for name in MODELS if name not in UNCOUNTED])
+@EVERY
 def test_parameters_are_counted(name):
   model, params, _, _ = loaded(name)
   assert count.total(model.card) == tree.count(params)

@@ -273,12 +273,16 @@ def test_padded_rows_of_the_table_are_no_tokens(chunk):
   assert not np.any(grads['embedding']['table'][V - 4 :])
 
 
-def test_auxiliary_losses_are_added_and_reported():
-  model = Fake(aux=(('balance', jnp.asarray(2.5)),))
+def test_auxiliary_losses_count_like_the_targets_of_their_rows():
+  """So their sum over the weight is their mean, whatever the batch was cut into."""
+  each = np.arange(1.0, B + 1)
+  model = Fake(aux=(('balance', jnp.asarray(each)), ('seen/dropped', jnp.asarray(each))))
   params, batch = make_params(), make_batch()
   plain, out = (evaluate(m, params, batch) for m in (Fake(), model))
-  np.testing.assert_allclose(out.sum, plain.sum + 2.5, rtol=1e-6)
-  assert float(out.metrics['balance']) == 2.5
+  added = (each * np.asarray(batch['weights']).sum(-1)).sum()
+  np.testing.assert_allclose(out.sum, plain.sum + added, rtol=1e-6)
+  np.testing.assert_allclose(out.metrics['balance'], added, rtol=1e-6)
+  np.testing.assert_allclose(out.metrics['seen/dropped'], added, rtol=1e-6)
 
 
 @pytest.mark.parametrize('explicit', [False, True])

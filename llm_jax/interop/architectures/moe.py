@@ -138,7 +138,7 @@ FAMILIES = dict(
         )
         for ours, theirs in _QWEN.items()
       ),
-      Row(f'{LAYER}ffn/shared/weigh', f'{_SHARED}_gate.weight', '1 d -> d'),
+      Row(f'{LAYER}ffn/shared/weigh', f'{_SHARED}_gate.weight', '() d -> d'),
       *llama.LLAMA,
     ),
     'model.',
