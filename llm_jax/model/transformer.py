@@ -388,7 +388,9 @@ def _initial(part: _Stack, ends: _Ends, rows: int, length: int) -> dict:
     rest = ('length', 'groups', 'head_dim') if slots else (None,) * (x.ndim - 2)
     return mesh.shard(x, 'layers', 'batch', *rest)
 
-  return tree_lib.map_paths(place, stack.initial(part.segments, rows, length, ends.embed, ends.dtype))
+  return tree_lib.map_paths(
+    place, stack.initial(part.segments, rows, length, ends.embed, ends.dtype)
+  )
 
 
 def _length(states: Any) -> int | None:

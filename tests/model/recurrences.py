@@ -1,6 +1,6 @@
 """The recurrences of the papers in float64, one token after the other: what the recurrent mixers are held against.
 
-    mixer(the module's fields, its weights by name, x [t, embed]) -> y [t, embed]
+mixer(the module's fields, its weights by name, x [t, embed]) -> y [t, embed]
 """
 
 import numpy as np
