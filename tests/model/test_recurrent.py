@@ -1,6 +1,7 @@
 """Every recurrent mixer: the paper's recurrence step by step in float64, then what holds for all of them."""
 
 import functools
+import itertools
 
 import jax
 import jax.numpy as jnp
@@ -12,7 +13,19 @@ from llm_jax.decode import generate
 from llm_jax.model import attention, block, ffn, stack, transformer
 from llm_jax.model.attention import Context
 from llm_jax.model.masks import Mask
-from llm_jax.model.recurrent import gss, h3, hyena, mamba, mamba2, retnet, rwkv, s4, ssm
+from llm_jax.model.recurrent import (
+  convolution,
+  gss,
+  h3,
+  hyena,
+  mamba,
+  mamba2,
+  retnet,
+  rwkv,
+  s4,
+  scan,
+  ssm,
+)
 from llm_jax.objectives import language
 from tests.model import recurrences
 
@@ -32,7 +45,7 @@ MIXERS = dict(
   gss=partial(gss.GatedStateSpace, hidden=24, narrow=8, pairs=3),
   hyena=partial(hyena.Hyena, length=16, width=8, bands=2),
 )
-EVERY = pytest.mark.parametrize('name', MIXERS)
+EVERY = pytest.mark.parametrize('name', [name for name in MIXERS if name != 's4_bilinear'])
 
 
 @functools.cache
@@ -57,7 +70,7 @@ def model_of(name, **kw):
 def weights_of(name):
   """Parameters strong enough that a leak would show."""
   params = model_of(name).init(jax.random.key(1))
-  strong = lambda x: x if x.std() > 0.1 or x.std() == 0 else x * (0.3 / x.std())
+  strong = lambda x: x * (0.3 / x.std()) if 1e-3 < x.std() < 0.1 else x
   return jax.tree.map(strong, params)
 
 
@@ -92,7 +105,7 @@ def alone(name):
   return mixer, params, x, run
 
 
-@EVERY
+@pytest.mark.parametrize('name', MIXERS)
 def test_the_recurrence_of_the_paper_step_by_step(name):
   mixer, params, x, run = alone(name)
   wide = {n: np.asarray(p, np.float64) for n, p in params.items()}
@@ -104,9 +117,9 @@ def test_the_recurrence_of_the_paper_step_by_step(name):
 def test_no_output_sees_a_later_token(name, ids):
   changed = ids.at[:, 7].set(ids[:, 7] % (VOCAB - 2) + 1)
   a, b = forward(name, dict(inputs=ids)), forward(name, dict(inputs=changed))
-  np.testing.assert_allclose(a[:, :7], b[:, :7], atol=1e-6)
+  np.testing.assert_allclose(a[:, :7], b[:, :7], atol=1e-5)  # the FFT rounds
   reach = 9 if name == 'rwkv_channel' else LENGTH  # it looks one token back, twice
-  assert np.abs(a[:, 7:reach] - b[:, 7:reach]).max(axis=(0, 2)).min() > 1e-5
+  assert np.abs(a[:, 7:reach] - b[:, 7:reach]).max(axis=(0, 2)).min() > 1e-4
 
 
 @functools.cache
@@ -115,36 +128,38 @@ def _step(name):
   return jax.jit(lambda p, b, s: model.hidden(p, b, states=s))
 
 
-@pytest.mark.parametrize('name', [*MIXERS, 'hybrid'])
-@pytest.mark.parametrize('first', [1, 6])
-def test_a_state_is_the_whole_sequence(name, first, ids):
-  """Token by token, and a prefill of several tokens first."""
+@pytest.mark.parametrize('name', [*EVERY.args[1], 'hybrid'])
+def test_a_state_is_the_whole_sequence(name, ids):
+  """A prefill, then token by token, then several at once."""
   model, params, found = model_of(name), weights_of(name), []
   states, at = model.states(params, dict(inputs=ids), LENGTH), 0
-  for n in (first, *(1,) * 4, LENGTH - first - 4):
+  for n in (6, 1, 1, 1, LENGTH - 9):
     positions = jnp.broadcast_to(jnp.arange(at, at + n), (2, n))
     out = _step(name)(params, dict(inputs=ids[:, at : at + n], positions=positions), states)
     states, at = out.states, at + n
     found.append(model.logits(params, out.x))
-  np.testing.assert_allclose(
-    jnp.concatenate(found, 1), forward(name, dict(inputs=ids)), atol=1e-4
-  )
+  np.testing.assert_allclose(jnp.concatenate(found, 1), forward(name, dict(inputs=ids)), atol=1e-4)
 
 
-@pytest.mark.parametrize('name', [*MIXERS, 'hybrid'])
+@pytest.mark.parametrize('name', [*EVERY.args[1], 'hybrid'])
 def test_packed_is_separate_and_padded_is_unpadded(name, ids):
-  cuts = (0, 1, 4, 11)  # a document of one token, one within a chunk, one over several; the rest is padding
+  cuts = (
+    0,
+    1,
+    4,
+    11,
+  )  # a document of one token, one within a chunk, one over several; the rest is padding
   segments, places = np.zeros((2, LENGTH), np.int32), np.zeros((2, LENGTH), np.int32)
-  for i, (start, stop) in enumerate(zip(cuts, cuts[1:], strict=False)):
+  for i, (start, stop) in enumerate(itertools.pairwise(cuts)):
     segments[:, start:stop], places[:, start:stop] = i + 1, np.arange(stop - start)
   batch = dict(inputs=ids, segments=jnp.asarray(segments), positions=jnp.asarray(places))
   packed = forward(name, batch)
-  for start, stop in zip(cuts, cuts[1:], strict=False):
+  for start, stop in itertools.pairwise(cuts):
     separate = forward(name, dict(inputs=ids[:, start:stop]))
     np.testing.assert_allclose(packed[:, start:stop], separate, atol=1e-4)
 
 
-@pytest.mark.parametrize('name', [*MIXERS, 'hybrid'])
+@pytest.mark.parametrize('name', [*EVERY.args[1], 'hybrid'])
 def test_prompts_of_unequal_length_are_continued_as_if_alone(name, ids):
   model, params = model_of(name), weights_of(name)
   prompts, lengths = np.asarray(ids[:, :8]), np.array([3, 8])
@@ -193,3 +208,99 @@ def test_split_over_a_mesh(name, ids):
     split = [x for x in jax.tree.leaves(placed) if not x.sharding.is_fully_replicated]
   assert len(split) >= 4
   np.testing.assert_allclose(found, forward(name, dict(inputs=ids)), atol=1e-4)
+
+
+@pytest.mark.parametrize('size', [1, 5, LENGTH])
+def test_retention_is_the_same_recurrent_chunkwise_and_parallel(size):
+  """Chunks of one token, of a few, of all: against eq. 6, with a state to begin with and two documents."""
+  rng = np.random.default_rng(1)
+  q, k = (rng.normal(size=(1, LENGTH, 2, 4)) for _ in range(2))
+  v, decay = rng.normal(size=(1, LENGTH, 2, 1, 3)), -rng.random((1, LENGTH, 2, 1))
+  first, s = np.arange(LENGTH)[None] == 7, rng.normal(size=(1, 2, 1, 4, 3))
+  given = (jnp.asarray(x, jnp.float32) for x in (q, k, v, decay))
+  found = scan.chunked(*given, jnp.asarray(first), jnp.asarray(s, jnp.float32), size=size)
+  ys, s = [], s[0, :, 0]
+  for t in range(LENGTH):
+    s = (0 if first[0, t] else np.exp(decay[0, t])[..., None]) * s + k[0, t, :, :, None] * v[0, t]
+    ys.append(np.einsum('hk,hkp->hp', q[0, t], s))
+  np.testing.assert_allclose(found[0][0, :, :, 0], ys, atol=1e-5)
+  np.testing.assert_allclose(found[1][0, :, 0], s, atol=1e-5)
+
+
+def test_the_parallel_retention_is_equation_5():
+  x = np.random.default_rng(2).normal(size=(3, LENGTH, 4))
+  gamma = np.asarray(retnet.gammas(3), np.float64)
+  np.testing.assert_allclose(gamma, [1 - 1 / 32, 1 - 1 / 64, 1 - 1 / 128])
+  i = np.arange(LENGTH)
+  wanted = np.where(i[:, None] >= i, gamma[:, None, None] ** (i[:, None] - i), 0)
+  wanted = (x @ x.transpose(0, 2, 1) * wanted) @ x
+  heads = jnp.asarray(x.transpose(1, 0, 2)[None], jnp.float32)
+  decay = jnp.broadcast_to(jnp.log(retnet.gammas(3)), (1, LENGTH, 3))[..., None]
+  state = jnp.zeros((1, 3, 1, 4, 4))
+  y, _ = scan.chunked(heads, heads, heads[:, :, :, None], decay, None, state, size=LENGTH)
+  np.testing.assert_allclose(y[0, :, :, 0].transpose(1, 0, 2), wanted, rtol=1e-4, atol=1e-4)
+
+
+@pytest.mark.parametrize(('rule', 'method'), [(ssm.hold, 'zoh'), (ssm.bilinear, 'bilinear')])
+def test_discretisation_is_scipys(rule, method):
+  signal = pytest.importorskip('scipy.signal')
+  rates = ssm.inverse(3)
+  decay, scale = rule(jnp.asarray(rates, jnp.complex64), 0.07)
+  a, b, *_ = signal.cont2discrete(
+    (np.diag(rates), np.ones((3, 1)), np.ones((1, 3)), np.zeros((1, 1))), 0.07, method
+  )
+  np.testing.assert_allclose(decay, np.diag(a), atol=1e-5)
+  np.testing.assert_allclose(scale, b[:, 0], atol=1e-5)
+
+
+def test_hippo_is_normal_less_rank_one():
+  """S4, theorem 1: the eigenvalues and the basis rebuild the matrix, up to conjugates."""
+  n = 4
+  a, b = ssm.hippo_matrix(2 * n)
+  np.testing.assert_allclose(
+    a[:3, :3], [[-1, 0, 0], [-(3**0.5), -2, 0], [-(5**0.5), -(15**0.5), -3]]
+  )
+  h = ssm.hippo(n)
+  full = np.linalg.eigvals(a + np.outer(h_p := np.sqrt(np.arange(2 * n) + 0.5), h_p))
+  wanted = sorted(full[full.imag > 0], key=lambda z: z.imag)
+  np.testing.assert_allclose(h.rates, wanted, atol=1e-9)
+  # the transfer function b* (s - A)^-1 b is the same in both bases
+  for s in (0.3 + 1j, 2.0):
+    inner = lambda x, y, s=s: sum(
+      (x.conj() / (s - h.rates) * y).sum() if half == 0
+      else (x / (s - h.rates.conj()) * y.conj()).sum() for half in (0, 1)
+    )  # fmt: skip
+    woodbury = inner(h.b, h.b) - inner(h.b, h.p) * inner(h.p, h.b) / (1 + inner(h.p, h.p))
+    np.testing.assert_allclose(woodbury, b @ np.linalg.solve(s * np.eye(2 * n) - a, b), rtol=1e-8)
+
+
+@pytest.mark.parametrize('cuts', [(0, 37), (0, 1, 9, 22, 37), tuple(range(38))])
+def test_long_convolutions_stop_where_documents_do(cuts):
+  rng = np.random.default_rng(4)
+  x, kernel = rng.normal(size=(1, 37, 2)), rng.normal(size=(37, 2))
+  segments = np.zeros((1, 37), np.int32)
+  wanted = np.zeros(x.shape)
+  for i, (start, stop) in enumerate(itertools.pairwise(cuts)):
+    segments[:, start:stop] = i
+    for f in range(2):
+      wanted[0, start:stop, f] = np.convolve(x[0, start:stop, f], kernel[:, f])[: stop - start]
+  x, kernel = jnp.asarray(x, jnp.float32), jnp.asarray(kernel, jnp.float32)
+  found = convolution.long(x, kernel, jnp.asarray(segments))
+  np.testing.assert_allclose(found, wanted, atol=1e-4)
+  if len(cuts) == 2:
+    np.testing.assert_allclose(convolution.long(x, kernel, None), wanted, atol=1e-4)
+
+
+def test_keys_of_any_size_do_not_overflow():
+  """RWKV's exponents: k of +-200 in f32, against float64 with the largest taken out."""
+  key = np.random.default_rng(6).normal(size=(1, LENGTH, 2)) * 200
+  value, decay, bonus = key / 100, np.array([0.5, 30.0]), np.array([1.0, -5.0])
+  ctx = Context(Mask(True), jnp.arange(LENGTH)[None])
+  given = (jnp.asarray(x, jnp.float32) for x in (key, value, decay, bonus))
+  found, _ = rwkv.wkv_chunks(*given, None, ctx, 4)
+  for t in range(LENGTH):
+    i = np.arange(t)
+    e = np.concatenate([-(t - 1 - i)[:, None] * decay + key[0, :t], (bonus + key[0, t])[None]])
+    share = np.exp(e - e.max(0))
+    wanted = (share * value[0, : t + 1]).sum(0) / share.sum(0)
+    np.testing.assert_allclose(found[0, t], wanted, rtol=1e-3, atol=1e-3)

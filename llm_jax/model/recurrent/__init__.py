@@ -1,4 +1,4 @@
-"""Recurrent and convolutional mixers, with the signature of attention: `(x [batch, t, embed], ctx, state) -> (y, state)`.
+"""Recurrent and convolutional mixers with attention's signature: `(x [batch, t, embed], ctx, state) -> (y, state)`.
 
 Without a state a call sees the whole sequence in a parallel form (an associative scan, products of chunks, or an FFT);
 with one it goes on from there, by any number of tokens. All are causal whatever the mask says. Where the mask's

@@ -17,7 +17,7 @@ from llm_jax.model.recurrent.sequence import State
 
 
 class GatedStateSpace(nn.Module):
-  """hidden: channels of the gate, None = 4 embed. narrow: of the state space, None = embed / 4. pairs, rates, rule: as in
+  """hidden: channels of the gate, None = 4 embed. narrow: of the state space, None = embed / 4. pairs, rates, rule: see
   `S4`."""
 
   hidden: int | None = None

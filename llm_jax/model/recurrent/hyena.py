@@ -2,9 +2,10 @@
 
     z_1 = v,  z_{n+1} = x_n * (h_n conv z_n + D_n z_n),  y = z_{order+1} W_o        (definition 3.1)
 
-with v, x_n projections of the input after short convolutions, and filters h_n(t) = window(t) MLP(features of t) that have
-no weights of their own (section 3.3). A filter is as long as the context and no recurrence makes it, so the state is what
-the convolutions have read so far, a slot per position as for attention, and a step costs one product over the slots.
+with v, x_n projections of the input after short convolutions, and filters h_n(t) = window(t) MLP(features of t) that
+have no weights of their own (section 3.3). A filter is as long as the context and no recurrence makes it, so the state
+is what the convolutions have read so far, a slot per position as for attention, and a step costs one product over the
+slots.
 """
 
 from typing import Any
@@ -24,8 +25,8 @@ class Hyena(nn.Module):
 
   order: number of products. taps: of the short convolutions. length: the context over which features and window run
   from 0 to 1 (longer ones go on beyond). width, depth: of the filters' MLP. bands: of sine and cosine features of
-  position. frequency: of the sines that are its activations. fast, slow: the share of `length` after which the window of
-  the first and of the last channel has fallen to 0.01.
+  position. frequency: of the sines that are its activations. fast, slow: the share of `length` after which the window
+  of the first and of the last channel has fallen to 0.01.
   """
 
   order: int = 2

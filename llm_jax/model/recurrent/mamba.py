@@ -32,7 +32,7 @@ class Mamba(nn.Module):
   rank: int | None = None
   bias: bool = False
   conv_bias: bool = True
-  chunk: int = 32
+  chunk: int = 16
 
   @nn.compact
   def __call__(

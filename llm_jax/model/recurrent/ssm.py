@@ -89,8 +89,8 @@ def declare(
 ) -> Discrete:
   """The weights of `f` channels with `pairs` conjugate pairs of states each, discretised by `rule`.
 
-  rates: pairs -> the initial diagonal of A. Declares log_step [f], log_rate and frequency [f, pairs] (A = -exp(log_rate)
-  + i frequency), read_real and read_imag [f, pairs], skip [f].
+  rates: pairs -> the initial diagonal of A. Declares log_step [f], log_rate and frequency [f, pairs] (A =
+  -exp(log_rate) + i frequency), read_real and read_imag [f, pairs], skip [f].
   """
   start, names = rates(pairs), (axis, 'state')
   fill = lambda values: lambda key, shape: jnp.broadcast_to(jnp.asarray(values, jnp.float32), shape)

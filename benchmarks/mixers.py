@@ -1,0 +1,167 @@
+r"""Forward and backward pass of four layers of each mixer, beside its reference implementation in PyTorch on the CPU.
+
+  python -m benchmarks.mixers                        # about three minutes; needs the extra `parity`
+  python -m benchmarks.mixers --only=mamba,rwkv --rounds=3
+
+Peers: transformers' LLaMA, Mamba, Mamba-2 and RWKV (without their CUDA kernels, as they run on a CPU), eager; for
+RetNet, which transformers does not have, its recurrence written out token by token. Both sides have the same weights
+and must agree on the output. Calls are taken in turn, so that what else the machine does hits both. Medians; `ratio` is
+the peer's time over ours.
+"""
+
+import argparse
+import functools
+import statistics
+import tempfile
+import time
+from typing import Any
+
+import numpy as np
+
+SIZES = dict(hidden_size=256, num_hidden_layers=4, vocab_size=64)
+PEERS = {
+  'llama': (
+    'LlamaConfig', dict(SIZES, intermediate_size=688, num_attention_heads=4, tie_word_embeddings=True),
+  ),
+  'mamba': ('MambaConfig', dict(SIZES)),
+  'mamba2': (
+    'Mamba2Config', dict(SIZES, num_heads=8, head_dim=64, n_groups=1, state_size=64, chunk_size=64),
+  ),
+  'rwkv': ('RwkvConfig', dict(SIZES, use_cache=False, rescale_every=0)),
+}  # fmt: skip
+
+
+def published(name: str) -> tuple[Any, Any, Any]:
+  """(our model, its parameters, the peer without its head), of one random checkpoint."""
+  import torch
+  import transformers
+
+  from llm_jax.interop import huggingface
+
+  config, arguments = PEERS[name]
+  torch.manual_seed(0)
+  told = getattr(transformers, config)(**arguments)
+  peer = transformers.AutoModelForCausalLM.from_config(told).float().train()
+  with tempfile.TemporaryDirectory() as folder:
+    peer.save_pretrained(folder)
+    model, params = huggingface.load(folder)
+  body = peer.base_model
+  return model, params, lambda ids: body(input_ids=ids).last_hidden_state
+
+
+def retnet() -> tuple[Any, Any, Any]:
+  """The same of RetNet, whose peer is written below."""
+  import jax
+
+  from llm_jax.core import tree
+  from llm_jax.model import block, ffn, norms, stack, transformer
+  from llm_jax.model.recurrent import retnet as ours
+
+  partial = functools.partial
+  layer = partial(
+    block.decoder,
+    mixer=partial(ours.Retention, heads=4),
+    ffn=partial(ffn.Gated, hidden=512),
+    norm=norms.RMSNorm,
+  )
+  model = transformer.causal(vocab=64, embed=256, layers=4, block=layer, runner=stack.loop)
+  params = model.init(jax.random.key(0))
+  return model, params, functools.partial(_retnet, _tensors(tree.flatten(params)))
+
+
+def _tensors(flat: dict[str, Any]) -> dict[str, Any]:
+  import torch
+
+  return {name: torch.tensor(np.asarray(x), requires_grad=True) for name, x in flat.items()}
+
+
+def _retnet(p: dict[str, Any], ids: Any) -> Any:
+  """RetNet by eq. 6 of arXiv:2307.08621, one token after the other."""
+  import torch
+
+  def norm(x: Any, scale: Any) -> Any:
+    return torch.nn.functional.rms_norm(x, x.shape[-1:], scale, 1e-6)
+
+  x = p['embedding/table'][ids]
+  t, layer = ids.shape[1], 'decoder/layers/block_0/'
+  heads, size = p[f'{layer}mixer/query'].shape[2:]
+  gamma = (1 - 2.0 ** (-5 - torch.arange(heads)))[:, None, None]
+  angle = torch.outer(torch.arange(t), 10_000.0 ** (-torch.arange(0, size, 2) / size))
+  turn = torch.polar(torch.ones_like(angle), angle)[:, None]
+  for i in range(p[f'{layer}mixer/query'].shape[0]):
+    w = {name.removeprefix(layer): v[i] for name, v in p.items() if name.startswith(layer)}
+    y = norm(x, w['mixer_norm/scale'])
+    q, k, v, g = (
+      torch.einsum('btd,dhk->bthk', y, w[f'mixer/{n}']) for n in ('query', 'key', 'value', 'gate')
+    )
+    q, k = (
+      torch.view_as_real(torch.view_as_complex(z.unflatten(-1, (-1, 2))) * turn).flatten(-2)
+      for z in (q, k)
+    )
+    state, found = 0, []
+    for j in range(t):
+      state = gamma * state + k[:, j, :, :, None] * size**-0.5 * v[:, j, :, None]
+      found.append(torch.einsum('bhk,bhkp->bhp', q[:, j], state))
+    y = torch.stack(found, dim=1)
+    y = torch.nn.functional.layer_norm(y, y.shape[-1:], eps=1e-5)
+    y = torch.nn.functional.silu(g) * y
+    x = x + torch.einsum('bthp,hpd->btd', y, w['mixer/out'])
+    y = norm(x, w['ffn_norm/scale'])
+    y = torch.nn.functional.silu(y @ w['ffn/gate']) * (y @ w['ffn/up'])
+    x = x + y @ w['ffn/down']
+  return norm(x, p['decoder/norm/scale'])
+
+
+def compare(name: str, batch: int, length: int, rounds: int) -> tuple[float, float]:
+  """Median seconds of a forward and backward pass: (ours, the peer's)."""
+  import jax
+  import torch
+
+  model, params, peer = retnet() if name == 'retnet' else published(name)
+  rng = np.random.default_rng(0)
+  ids = rng.integers(1, 64, (batch, length))
+  weight = rng.standard_normal((batch, length, 256)).astype(np.float32)
+
+  def loss(params: Any) -> Any:
+    x = model.hidden(params, dict(inputs=jax.numpy.asarray(ids))).x
+    return (x * weight).sum(), x
+
+  grad = jax.jit(jax.grad(loss, has_aux=True))
+  ids_there, weight_there = torch.tensor(ids), torch.tensor(weight)
+
+  def ours() -> np.ndarray:
+    return np.asarray(jax.block_until_ready(grad(params))[1])
+
+  def theirs() -> np.ndarray:
+    x = peer(ids_there)
+    (x * weight_there).sum().backward()
+    return x.detach().numpy()
+
+  apart = np.abs(ours() - theirs()).max()
+  if apart > 1e-2:
+    raise SystemExit(f'{name}: the two sides are {apart:.2g} apart')
+  seconds = [[], []]
+  for _ in range(rounds):
+    for run, found in zip((ours, theirs), seconds, strict=True):
+      start = time.perf_counter()
+      run()
+      found.append(time.perf_counter() - start)
+  return tuple(map(statistics.median, seconds))
+
+
+def main() -> None:
+  """Prints a line for each mixer."""
+  parser = argparse.ArgumentParser(description=__doc__.partition('\n')[0])
+  parser.add_argument('--only', default=','.join((*PEERS, 'retnet')))
+  parser.add_argument('--batch', type=int, default=2)
+  parser.add_argument('--length', type=int, default=256)
+  parser.add_argument('--rounds', type=int, default=7)
+  told = parser.parse_args()
+  print(f'{"mixer":10} {"llm_jax ms":>12} {"torch ms":>12} {"ratio":>8}')
+  for name in told.only.split(','):
+    ours, theirs = compare(name, told.batch, told.length, told.rounds)
+    print(f'{name:10} {1e3 * ours:12.0f} {1e3 * theirs:12.0f} {theirs / ours:8.2f}', flush=True)
+
+
+if __name__ == '__main__':
+  main()

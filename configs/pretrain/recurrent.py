@@ -1,0 +1,49 @@
+r"""Recurrent models on tiny Shakespeare: Mamba, Mamba-2, RWKV-4, RetNet, S4D, H3, Hyena, or Mamba with attention.
+
+  llm-jax train --config=configs/pretrain/recurrent.py --workdir=runs/mamba
+  llm-jax train --config=configs/pretrain/recurrent.py:rwkv --workdir=runs/rwkv
+  llm-jax train --config=configs/pretrain/recurrent.py:retnet --workdir=runs/retnet
+  llm-jax train --config=configs/pretrain/recurrent.py:hybrid --workdir=runs/hybrid
+
+Differs from configs/pretrain/lm.py in its blocks. Also `:mamba2`, `:s4`, `:h3`, `:hyena`. The hybrid repeats three
+blocks of Mamba and one of attention (the ratio of Jamba is seven to one, arXiv:2403.19887).
+"""
+
+from configs.pretrain import lm
+from llm_jax.core.config import use, variant
+from llm_jax.core.errors import UserError, nearest
+from llm_jax.model import attention, block, ffn, norms
+from llm_jax.model.recurrent import h3, hyena, mamba, mamba2, retnet, rwkv, s4
+
+EMBED = 192
+
+
+def get_config(text=None):
+  arg = variant(text, mixer='mamba', batch=16, length=256, steps=1000)
+  c = lm.get_config(f'batch={arg.batch},length={arg.length},steps={arg.steps}')
+  known = blocks(arg.length)
+  if arg.mixer not in known:
+    raise UserError(f'no mixer {arg.mixer!r}: {nearest(arg.mixer, known)}')
+  c.model.block = known[arg.mixer]
+  c.model.layers = 8 if arg.mixer in ('mamba', 'mamba2', 'hybrid') else 4
+  return c
+
+
+def blocks(length):
+  """By name: a block, or the blocks that a pattern repeats."""
+  norm = use(norms.RMSNorm)
+  alone = lambda mixer, **kw: use(block.mixers, mixer=mixer, norm=norm, **kw)
+  feed = lambda mixer, hidden=2 * EMBED: use(
+    block.decoder, mixer=mixer, ffn=use(ffn.Gated, hidden=hidden), norm=norm
+  )
+  one = alone(use(mamba.Mamba))
+  return dict(
+    mamba=one,
+    mamba2=alone(use(mamba2.Mamba2, head_dim=32, state=32)),
+    rwkv=alone(use(rwkv.TimeMix), channel=use(rwkv.ChannelMix)),
+    retnet=feed(use(retnet.Retention, heads=4)),
+    s4=feed(use(s4.S4)),
+    h3=feed(use(h3.H3)),
+    hyena=feed(use(hyena.Hyena, length=length)),
+    hybrid=(one, one, one, feed(use(attention.SelfAttention, heads=4))),
+  )
