@@ -1,1 +1,1 @@
-"""The commands: `llm-jax train`, `generate` and `convert`. Each is an absl main that reads a config and calls functions."""
+"""The commands: `llm-jax train`, `generate` and `convert`. Each is an absl main that calls functions."""

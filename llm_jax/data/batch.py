@@ -1,7 +1,7 @@
 r"""The batch: what every array in it means, how examples become rows, and how rows are filled.
 
     name               shape                       meaning
-    inputs             [batch, length] int32       what the decoder reads: targets shifted right per segment, `first` first
+    inputs             [batch, length] int32       what the decoder reads: targets shifted right, per segment
     targets            [batch, length] int32       what it predicts: inputs then targets of the example; 0 = padding
     weights            [batch, length] float32     1 where the prediction counts: on the example's targets
     positions          [batch, length] int32       0, 1, 2 ... restarting in every segment
