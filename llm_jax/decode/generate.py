@@ -292,7 +292,7 @@ def _start(
 
 
 def _layout(
-  model: Any, prompts: np.ndarray, lengths: np.ndarray, max_new: int, start: int | None
+  model: Any, prompts: np.ndarray, lengths: np.ndarray, max_new: int, start: int | None = START
 ) -> tuple:
   """(the prefill's batch, position of each row's last token [batch], slots in the state)."""
   width = int(min(prompts.shape[1], _room(model, start)))
