@@ -93,8 +93,13 @@ def generate(
 
   prompts: int32 [batch, length], right-padded; lengths: int32 [batch], 0 starts a new document. Both host arrays, the
   same on every process. start: id in front of every prompt; None: nothing, and no prompt may be empty. temperature,
+<<<<<<< HEAD
   top_k, top_p, allowed ([vocab] bool): see `logits.sample`; temperature 0 is greedy. rows: int32 [batch], the numbers
   that individualise the rows' random keys (default 0, 1, ...).
+=======
+  top_k, top_p, allowed ([vocab] bool): see `logits.sample`; temperature 0 is greedy. rows: int32 [batch], the
+  numbers that individualise the rows' random keys (default 0, 1, ...).
+>>>>>>> gguf
 
   A model with learned positions stops where their table ends (`lengths` tells); others go on past the length they
   were trained with. Raises `UserError` for a prompt that does not fit the model's context (`card.length`, start token
@@ -293,7 +298,7 @@ def _start(
 
 
 def _layout(
-  model: Any, prompts: np.ndarray, lengths: np.ndarray, max_new: int, start: int | None
+  model: Any, prompts: np.ndarray, lengths: np.ndarray, max_new: int, start: int | None = START
 ) -> tuple:
   """(the prefill's batch, position of each row's last token [batch], slots in the state)."""
   width = int(min(prompts.shape[1], _room(model, start)))

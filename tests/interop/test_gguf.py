@@ -186,7 +186,7 @@ WRONG = {
   'a missing tensor': (dict(leave=('blk.0.attn_k.weight',)), no, "no tensor 'blk.0.attn_k.weight', which the metadata"),
   'a missing table': (dict(leave=('token_embd.weight',)), no, "no tensor 'token_embd.weight'"),
   'a missing key': (dict(leave=('block_count',)), no, "no key 'llama.block_count'"),
-  'one tensor too many': (dict(extra={'blk.0.attn_rot.weight': EXTRA}), no, "tensor 'blk.0.attn_rot.weight', which"),
+  'one tensor too many': (dict(extra={'blk.0.attn_rot.weight': EXTRA}), no, "the tensor 'blk.0.attn_rot.weight'"),
   'another shape': (dict(extra={'blk.0.attn_q.weight': EXTRA}), no, r"'blk.0.attn_q.weight' has shape \(4,\)"),
   'another type': (
     dict(extra={'blk.0.ffn_up.weight': (np.ones((256, 256), np.int32), KINDS.I32)}), no,
