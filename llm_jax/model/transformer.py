@@ -36,8 +36,8 @@ PADDED = -1e30  # the logit of a row that pads the vocabulary: probability 0, an
 class Hidden(NamedTuple):
   """What the layers make of a batch.
 
-  x: [batch, length, embed], after the final norm. states: as given, moved on; None without. aux: losses by name, [batch],
-  each the mean over a row's tokens, summed over layers (see `model/ffn.py`).
+  x: [batch, length, embed], after the final norm. states: as given, moved on; None without. aux: losses by name,
+  [batch], each the mean over a row's tokens, summed over layers (see `model/ffn.py`).
   """
 
   x: jax.Array
