@@ -3,9 +3,9 @@ r"""Forward and backward of one mixture of experts: ways to dispatch, and transf
   python -m benchmarks.moe                        # about a minute; needs the extra `parity`
   python -m benchmarks.moe --experts=16 --rounds=3
 
-All start from the same weights and see the same tokens, must agree on the gradient of the router (all but `limited`, which
-drops tokens), and take their turns (A B C A B C ...), so that what else the machine does hits all alike. Medians, f32. `dense`
-is one feed-forward as wide as the experts that a token meets: what perfect dispatch would cost.
+All start from the same weights, see the same tokens, must agree on the gradient of the router (all but `limited`, which
+drops tokens), and take turns (A B C A B C ...), so that what else the machine does hits all alike. Medians, f32.
+`dense` is one feed-forward as wide as the experts that a token meets: what perfect dispatch would cost.
 """
 
 import argparse
@@ -106,7 +106,7 @@ def agree(first: dict[str, np.ndarray]) -> None:
 def main() -> None:
   """Parses the command line and prints a table."""
   parser = argparse.ArgumentParser(description=__doc__.partition('\n')[0])
-  sizes = dict(experts=8, top_k=2, embed=256, hidden=512, rows=8, length=256, rounds=7)
+  sizes = dict(experts=8, top_k=2, embed=256, hidden=512, rows=8, length=256, rounds=5)
   for name, value in sizes.items():
     parser.add_argument(f'--{name}', type=int, default=value)
   args = parser.parse_args()

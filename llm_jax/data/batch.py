@@ -1,14 +1,5 @@
 r"""The batch: what every array in it means, how examples become rows, and how rows are filled.
 
-<<<<<<< HEAD
-    name               shape                       meaning inputs             [batch, length] int32       what the
-    decoder reads: targets shifted right per segment, `first` first targets            [batch, length] int32
-    what it predicts: inputs then targets of the example; 0 = padding weights            [batch, length] float32     1
-    where the prediction counts: on the example's targets positions          [batch, length] int32       0, 1, 2 ...
-    restarting in every segment segments           [batch, length] int32       1, 2 ... per example in the row; 0 =
-    padding prefix             [batch, length] bool        keys that every query of the segment may see: positions 0
-    .. P, where
-=======
     name               shape                       meaning
     inputs             [batch, length] int32       what the decoder reads: targets shifted right, per segment
     targets            [batch, length] int32       what it predicts: inputs then targets of the example; 0 = padding
@@ -16,7 +7,6 @@ r"""The batch: what every array in it means, how examples become rows, and how r
     positions          [batch, length] int32       0, 1, 2 ... restarting in every segment
     segments           [batch, length] int32       1, 2 ... per example in the row; 0 = padding
     prefix             [batch, length] bool        keys that every query of the segment may see: positions 0 .. P, where
->>>>>>> gguf
                                                    P = length of the example's inputs (position 0 holds the start)
     encoder/inputs     [batch, encoder] int32      encoder-decoder models only; then the decoder holds targets alone
     encoder/positions, encoder/segments            as above; decoder segment k looks at encoder segment k

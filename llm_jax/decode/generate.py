@@ -93,13 +93,8 @@ def generate(
 
   prompts: int32 [batch, length], right-padded; lengths: int32 [batch], 0 starts a new document. Both host arrays, the
   same on every process. start: id in front of every prompt; None: nothing, and no prompt may be empty. temperature,
-<<<<<<< HEAD
-  top_k, top_p, allowed ([vocab] bool): see `logits.sample`; temperature 0 is greedy. rows: int32 [batch], the numbers
-  that individualise the rows' random keys (default 0, 1, ...).
-=======
   top_k, top_p, allowed ([vocab] bool): see `logits.sample`; temperature 0 is greedy. rows: int32 [batch], the
   numbers that individualise the rows' random keys (default 0, 1, ...).
->>>>>>> gguf
 
   A model with learned positions stops where their table ends (`lengths` tells); others go on past the length they
   were trained with. Raises `UserError` for a prompt that does not fit the model's context (`card.length`, start token

@@ -3,15 +3,9 @@
     model, params, words = gguf.load('model.gguf')
     gguf.save('model.gguf', params, told, words, type_='q8_0')
 
-<<<<<<< HEAD
-Its metadata are read as a Hugging Face `config.json` would say them, so the same function builds the model. Queries
-and keys are stored for RoPE on neighbouring pairs (2i, 2i + 1); the patterns `(h k r) -> h (r k)` put the first of
-all pairs before the second, as Hugging Face and `positions.rope` have them, so both imports give the same parameters.
-=======
 Its metadata are read as a Hugging Face `config.json` would say them, so one function builds the model of both. Queries
 and keys are stored for RoPE on neighbouring pairs (2i, 2i + 1); the patterns `(h k r) -> h (r k)` put the first of all
 pairs before the second, as Hugging Face and `positions.rope` have them, so both imports give the same parameters.
->>>>>>> gguf
 """
 
 import struct

@@ -1,13 +1,8 @@
 """The tokenizer in the metadata of a GGUF file as a `tokenizer.json`, and the reverse.
 
 `tokenizer.ggml.model` is 'gpt2' (byte-level BPE: pieces and merges, and in `tokenizer.ggml.pre` the name of the rule
-<<<<<<< HEAD
-that cuts a text into words) or 'llama' (SentencePiece's BPE: pieces and scores; the best-scored neighbours are joined
-first, so the scores are an order of merges).
-=======
 that cuts a text into words) or 'llama' (SentencePiece's BPE: pieces and scores; the best neighbours are joined first,
 so the scores are an order of merges).
->>>>>>> gguf
 """
 
 import json

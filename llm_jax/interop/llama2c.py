@@ -1,14 +1,8 @@
 """The files of karpathy/llama2.c: `model.bin` in its first format, and the `tok512.bin` beside it.
 
-<<<<<<< HEAD
-A header of seven int32 (embed, ffn, layers, heads, groups, vocabulary, length; a negative vocabulary says that the
-head is not tied), then f32 matrices, each kind for all layers. They are those of LLaMA in the order of GGUF, so that
-table of names serves.
-=======
 A header of seven int32 (embed, ffn, layers, heads, groups, vocabulary, length; a negative vocabulary says that the head
 is not tied), then f32 matrices, each kind for all layers. They are those of LLaMA in the order of GGUF, whose table
 of names serves.
->>>>>>> gguf
 """
 
 import math

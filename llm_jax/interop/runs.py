@@ -29,13 +29,7 @@ NO_VOCAB = 'none'  # convert the weights alone
 
 
 class Imported(NamedTuple):
-<<<<<<< HEAD
-  """model: as in a config. params: f32 arrays. vocabulary: or None. told: the config.json it came with or would
-  have.
-  """
-=======
   """model: as in a config. params: f32 arrays. vocabulary: or None. told: its config.json."""
->>>>>>> gguf
 
   model: ConfigDict
   params: Any

@@ -43,8 +43,8 @@ def dropless(
 ) -> tuple[jax.Array, jax.Array]:
   """Every pair is computed: rows are sorted by expert and multiplied group by group.
 
-  product: see `model/grouped.py`. Split over devices, each gathers the tokens of its group of `expert` devices, computes
-  those of its experts, and the sums are scattered back.
+  product: see `model/grouped.py`. Split over devices, each gathers the tokens of its group of `expert` devices and
+  computes those of its experts; the sums are scattered back.
   """
   rows = x.shape[0]
   if crew.axes:
@@ -72,8 +72,8 @@ def dropless(
 def first_choices_first(chosen: jax.Array) -> jax.Array:
   """Places in GShard's order: all tokens' first choices, then their second ones (arXiv:2006.16668, alg. 1).
 
-  With two choices an early token may lose its second to the first of a later one, so the output sees the future; with one
-  it does not. chosen: bool [b, rounds, n, experts] -> int, the number of pairs before.
+  With two choices an early token may lose its second to the first of a later one, so the output sees the future; with
+  one it does not. chosen: bool [b, rounds, n, experts] -> int, the number of pairs before.
   """
   b, rounds, n, experts = chosen.shape
   flat = chosen.reshape(b, rounds * n, experts).astype(jnp.int32)
@@ -98,8 +98,8 @@ def limited(
   """An expert takes at most factor * k * t / experts pairs of a row, rounded up; the others are dropped.
 
   (Fedus et al. 2021, arXiv:2101.03961, eq. 3; GShard's 2N/E is factor=1 for two choices.) evaluation: the factor while
-  there is no key, None = factor. slots: this number instead. order: who gets the places. Rows are the groups of GShard: a
-  row's result does not depend on the others, however a batch is cut up.
+  there is no key, None = factor. slots: this number instead. order: who gets the places. Rows are the groups of GShard:
+  a row's result does not depend on the others, however a batch is cut up. Decoding one token at a time drops nothing.
   """
   (b, t, d), experts = x.shape, crew.experts
   factor = factor if crew.training or evaluation is None else evaluation

@@ -3,8 +3,8 @@
     MoE(experts=8, expert=functools.partial(ffn.Gated, hidden=14336), top_k=2)(x [b, t, d], ctx) -> (y, aux)
 
 An expert is a feed-forward of `model/ffn.py`. A router (`model/routers.py`) says who meets whom, a dispatch
-(`model/dispatch.py`) brings tokens to experts. GLaM's every other layer (Du et al. 2021, arXiv:2112.06905) is a pattern of
-two blocks, one of them with this. Like GShard's groups, each row of a batch is routed and balanced by itself.
+(`model/dispatch.py`) brings tokens to experts. GLaM's every other layer (Du et al. 2021, arXiv:2112.06905) is a pattern
+of two blocks, one of them with this. Like GShard's groups, each row of a batch is routed and balanced by itself.
 """
 
 import functools
@@ -28,9 +28,10 @@ class MoE(nn.Module):
 
   experts: how many; over the mesh axis `expert` they are split. expert: what each is, `ffn.Gated` or `ffn.MLP` with its
   arguments. top_k: experts per token. router, dispatch: see there. shared: a feed-forward that all tokens meet as well
-  (DeepSeekMoE, arXiv:2401.06066; n shared experts are one of n times the width). jitter: while training, the router sees
+  (DeepSeekMoE, arXiv:2401.06066; n shared experts are one of n times the width). jitter: in training the router sees
   inputs times a number between 1 - jitter and 1 + jitter (Switch: 0.01). balance, z_loss: coefficients of the losses
-  `balance` and `router_z` (Switch: 0.01; ST-MoE: 0.001). `seen/dropped` is the part of pairs that found no place.
+  `balance` and `router_z` (Switch: 0.01; ST-MoE: 0.001). `seen/dropped` is the part of pairs that found no
+  place, summed over layers like the losses.
 
   The router computes in f32 whatever the dtype (Switch, section 2.4).
   """

@@ -28,8 +28,8 @@ from llm_jax.core.errors import UserError
 class Told(NamedTuple):
   """What a router knows besides scores.
 
-  experts: how many. k: to how many each token goes. real: bool [batch, t], False for padding. causal: whether tokens may
-  depend on later ones. ids: int [batch, t] or None. rng: a key while training, else None.
+  experts: how many. k: to how many each token goes. real: bool [batch, t], False for padding. causal: whether no token
+  may depend on later ones. ids: int [batch, t] or None. rng: a key while training, else None.
   """
 
   experts: int
@@ -44,9 +44,9 @@ class Routing(NamedTuple):
   """Pairs of a token and an expert, in rounds: first choices, second choices, ...
 
   expert: int [batch, rounds, n]. gate: f32, what the expert's output is multiplied with. kept: bool, whether the pair
-  exists. token: int, the index in the row; None: pair i of a round is of token i. logits: f32 [batch, t, experts]; None:
-  nothing to balance. load: f32 [batch, experts], the number of tokens that the balance loss counts for each expert,
-  before any is dropped; None: balanced by construction.
+  exists. token: int, the index in the row; None: pair i of a round is of token i. logits: f32 [batch, t, experts];
+  None: nothing is learned. load: f32 [batch, experts], the number of tokens that the balance loss counts for each
+  expert, before any is dropped; None: balanced by construction.
   """
 
   expert: jax.Array
@@ -61,7 +61,7 @@ Scores = Callable[[], jax.Array]
 
 
 def softmax_top_k(scores: Scores, told: Told) -> Routing:
-  """The k likeliest experts, weighed by their probabilities (Dai et al. 2024, DeepSeekMoE, arXiv:2401.06066, eq. 3-5)."""
+  """The k likeliest experts, weighed by their probabilities (Dai et al. 2024, DeepSeekMoE, arXiv:2401.06066)."""
   logits = scores()
   gate, expert = _best(jax.nn.softmax(logits), _checked(told))
   return _rounds(told, logits, gate, expert)

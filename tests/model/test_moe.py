@@ -1,4 +1,4 @@
-"""Mixtures of experts: routers and dispatch against plain loops over tokens and experts, losses against their formulas."""
+"""Mixtures of experts: routers and dispatch against loops over tokens and experts, losses against their formulas."""
 
 import functools
 import math
@@ -15,6 +15,7 @@ from llm_jax.model import (
   dispatch,
   ffn,
   grouped,
+  init,
   param,
   routers,
   stack,
@@ -410,6 +411,18 @@ def test_every_other_layer():
     found.append(jax.tree.leaves((hidden.x, hidden.aux)))
   for other in found[1:]:
     jax.tree.map(partial(np.testing.assert_allclose, rtol=1e-5, atol=1e-5), found[0], other)
+
+
+def test_initial_deviations():
+  """Every expert like a layer of its own: 1/sqrt(fan_in), and Switch's factor 0.1 on the variance (its table 3)."""
+  wide = partial(MoE, experts=32, expert=partial(ffn.Gated, hidden=160))
+  layer = partial(block.decoder, mixer=partial(attention.SelfAttention, heads=4), ffn=wide)
+  for scale in (1.0, 0.1):
+    recipe = partial(init.t5, scale=scale)
+    m = transformer.causal(vocab=50, embed=64, layers=2, block=layer, init=recipe)
+    found = jax.jit(m.init)(jax.random.key(0))['decoder']['layers']['block_0']['ffn']
+    for name, fan_in in dict(router=64, gate=64, up=64, down=160).items():
+      np.testing.assert_allclose(found[name].std(), (scale / fan_in) ** 0.5, rtol=0.05)
 
 
 @pytest.mark.parametrize('router', ['top_k_softmax', 'hashed'])
