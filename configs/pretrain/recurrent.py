@@ -12,20 +12,19 @@ blocks of Mamba and one of attention (the ratio of Jamba is seven to one, arXiv:
 from configs.pretrain import lm
 from llm_jax.core.config import use, variant
 from llm_jax.core.errors import UserError, nearest
-from llm_jax.model import attention, block, ffn, norms
+from llm_jax.model import attention, block, ffn, norms, transformer
 from llm_jax.model.recurrent import h3, hyena, mamba, mamba2, retnet, rwkv, s4
 
 EMBED = 192
 
 
 def get_config(text=None):
-  arg = variant(text, mixer='mamba', batch=16, length=256, steps=1000)
+  arg = variant(text, mixer='mamba', batch=8, length=256, steps=300)
   c = lm.get_config(f'batch={arg.batch},length={arg.length},steps={arg.steps}')
   known = blocks(arg.length)
   if arg.mixer not in known:
     raise UserError(f'no mixer {arg.mixer!r}: {nearest(arg.mixer, known)}')
-  c.model.block = known[arg.mixer]
-  c.model.layers = 8 if arg.mixer in ('mamba', 'mamba2', 'hybrid') else 4
+  c.model = use(transformer.causal, **{**lm.settings(c.model), 'block': known[arg.mixer]})
   return c
 
 

@@ -9,7 +9,6 @@ sequence, recurrent with chunks of one token, chunkwise (eq. 7) between. The sco
 change only the scale of a head, which the group norm takes away, so they are left out.
 """
 
-from collections.abc import Callable
 from typing import Any
 
 import flax.linen as nn
@@ -17,7 +16,6 @@ import jax
 import jax.numpy as jnp
 
 from llm_jax.core.errors import UserError
-from llm_jax.model import positions
 from llm_jax.model.attention import Context
 from llm_jax.model.recurrent import scan, sequence
 from llm_jax.model.recurrent.sequence import State
@@ -28,18 +26,29 @@ def gammas(heads: int) -> jax.Array:
   return 1 - 2.0 ** (-5 - jnp.arange(heads, dtype=jnp.float32))
 
 
+def turned(x: jax.Array, positions: jax.Array, base: float) -> jax.Array:
+  """x [batch, t, heads, head_dim], its pairs (2i, 2i + 1) as complex numbers times e^(i n theta) (eq. 3), theta =
+  base^(-2i / head_dim)."""
+  size = x.shape[-1]
+  angle = positions[:, :, None, None] * base ** (-jnp.arange(0, size, 2) / size)
+  pairs = x.astype(jnp.float32).reshape(*x.shape[:-1], -1, 2)
+  even, odd, cos, sin = pairs[..., 0], pairs[..., 1], jnp.cos(angle), jnp.sin(angle)
+  y = jnp.stack([even * cos - odd * sin, odd * cos + even * sin], axis=-1)
+  return y.reshape(x.shape).astype(x.dtype)
+
+
 class Retention(nn.Module):
   """Multi-scale retention.
 
   heads: each with a decay of its own. head_dim: of queries and keys, None = embed / heads. value_dim: of values and
-  gates per head, None = twice head_dim (section 3.1). rotate: as in `SelfAttention`. chunk: tokens of a chunk. eps: of
-  the group norm.
+  gates per head, None = twice head_dim (section 3.1). base: of the angles of positions. chunk: tokens of a chunk. eps:
+  of the group norm.
   """
 
   heads: int
   head_dim: int | None = None
   value_dim: int | None = None
-  rotate: Callable | None = positions.rope_interleaved
+  base: float = 10_000.0
   chunk: int = 64
   eps: float = 1e-5
 
@@ -54,8 +63,7 @@ class Retention(nn.Module):
     k = sequence.project(self, 'key', x, of_keys, 'dhk', 'key')
     v = sequence.project(self, 'value', x, of_values, 'dhk', 'value')
     gate = sequence.project(self, 'gate', x, of_values, 'dhk', 'ffn_in')
-    if self.rotate is not None:
-      q, k = self.rotate(q, k, ctx.positions)
+    q, k = turned(q, ctx.positions, self.base), turned(k, ctx.positions, self.base)
     k = k * jnp.asarray(key_dim**-0.5, k.dtype)
     decay = jnp.broadcast_to(jnp.log(gammas(self.heads)), q.shape[:3])
     if ctx.real is not None:
@@ -82,6 +90,8 @@ class Retention(nn.Module):
         f'embed={embed} does not divide by heads={self.heads}; set head_dim or change heads'
       )
     key_dim = self.head_dim or embed // self.heads
+    if key_dim % 2:
+      raise UserError(f'head_dim={key_dim} has no pairs to turn: choose an even one')
     return key_dim, self.value_dim or 2 * key_dim
 
   @nn.nowrap

@@ -20,38 +20,21 @@ from llm_jax.model.attention import Context
 from llm_jax.model.recurrent import convolution, scan, sequence
 
 
-class Hippo(NamedTuple):
-  """HiPPO-LegS as a normal matrix less one of rank 1: A = V (diag(rates) - p p^*) V^*, B = V b (S4, theorem 1).
-
-  rates, p, b: complex [n], in the basis V, conjugate pairs: the n entries with positive imaginary part.
-  """
-
-  rates: np.ndarray
-  p: np.ndarray
-  b: np.ndarray
-
-
-def hippo_matrix(n: int) -> tuple[np.ndarray, np.ndarray]:
-  """(A [n, n], B [n]) of HiPPO-LegS (Gu et al. 2020, arXiv:2008.07669, eq. 4; S4, eq. 2)."""
+def hippo_matrix(n: int) -> np.ndarray:
+  """A [n, n] of HiPPO-LegS (Gu et al. 2020, arXiv:2008.07669, eq. 4; S4, eq. 2)."""
   i = np.arange(n)
   root = np.sqrt(2 * i + 1.0)
-  return -np.tril(np.outer(root, root), -1) - np.diag(i + 1.0), root
-
-
-def hippo(pairs: int) -> Hippo:
-  """HiPPO-LegS of 2 * pairs states in the basis in which it is diagonal but for the rank 1."""
-  a, b = hippo_matrix(2 * pairs)
-  p = np.sqrt(np.arange(2 * pairs) + 0.5)
-  skew = a + np.outer(p, p)  # -1/2 I plus a skew-symmetric matrix
-  imaginary, basis = np.linalg.eigh(-1j * (skew + 0.5 * np.eye(2 * pairs)))
-  some = imaginary > 0
-  into = basis[:, some].conj().T
-  return Hippo(-0.5 + 1j * imaginary[some], into @ p, into @ b)
+  return -np.tril(np.outer(root, root), -1) - np.diag(i + 1.0)
 
 
 def legs(pairs: int) -> np.ndarray:
-  """The diagonal of the normal part of HiPPO-LegS (S4D-LegS; arXiv:2206.11893, section 4.2)."""
-  return hippo(pairs).rates
+  """The eigenvalues with positive imaginary part of the normal matrix that HiPPO-LegS is less one of rank 1 (S4,
+  theorem 1): S4D-LegS (arXiv:2206.11893, section 4.2)."""
+  a = hippo_matrix(2 * pairs)
+  p = np.sqrt(np.arange(2 * pairs) + 0.5)
+  skew = a + np.outer(p, p) + 0.5 * np.eye(2 * pairs)
+  imaginary = np.linalg.eigvalsh(-1j * skew)
+  return -0.5 + 1j * imaginary[imaginary > 0]
 
 
 def inverse(pairs: int) -> np.ndarray:
