@@ -17,6 +17,7 @@ import jax.numpy as jnp
 
 from llm_jax.core.errors import UserError
 from llm_jax.model.attention import Context
+from llm_jax.model.positions import rope_interleaved
 from llm_jax.model.recurrent import scan, sequence
 from llm_jax.model.recurrent.sequence import State
 
@@ -24,17 +25,6 @@ from llm_jax.model.recurrent.sequence import State
 def gammas(heads: int) -> jax.Array:
   """f32 [heads]: 1 - 2^(-5 - i), the decays of eq. 8."""
   return 1 - 2.0 ** (-5 - jnp.arange(heads, dtype=jnp.float32))
-
-
-def turned(x: jax.Array, positions: jax.Array, base: float) -> jax.Array:
-  """x [batch, t, heads, head_dim], its pairs (2i, 2i + 1) as complex numbers times e^(i n theta) (eq. 3), theta =
-  base^(-2i / head_dim)."""
-  size = x.shape[-1]
-  angle = positions[:, :, None, None] * base ** (-jnp.arange(0, size, 2) / size)
-  pairs = x.astype(jnp.float32).reshape(*x.shape[:-1], -1, 2)
-  even, odd, cos, sin = pairs[..., 0], pairs[..., 1], jnp.cos(angle), jnp.sin(angle)
-  y = jnp.stack([even * cos - odd * sin, odd * cos + even * sin], axis=-1)
-  return y.reshape(x.shape).astype(x.dtype)
 
 
 class Retention(nn.Module):
@@ -63,7 +53,7 @@ class Retention(nn.Module):
     k = sequence.project(self, 'key', x, of_keys, 'dhk', 'key')
     v = sequence.project(self, 'value', x, of_values, 'dhk', 'value')
     gate = sequence.project(self, 'gate', x, of_values, 'dhk', 'ffn_in')
-    q, k = turned(q, ctx.positions, self.base), turned(k, ctx.positions, self.base)
+    q, k = rope_interleaved(q, k, ctx.positions, base=self.base)  # eq. 3: pairs as complex numbers
     k = k * jnp.asarray(key_dim**-0.5, k.dtype)
     decay = jnp.broadcast_to(jnp.log(gammas(self.heads)), q.shape[:3])
     if ctx.real is not None:
