@@ -1,4 +1,4 @@
-r"""What a token costs as the sequence grows: seconds and bytes of attention and of recurrent mixers.
+r"""What a token costs as the sequence grows: seconds and bytes of attention, local attention and recurrent mixers.
 
   python -m benchmarks.length                      # about three minutes; writes benchmarks/length.png
   python -m benchmarks.length --lengths=512,2048 --only=attention,mamba
@@ -28,6 +28,10 @@ partial = functools.partial
 # S4 and Hyena are convolutions: log t per token
 MIXERS = {
   'attention': partial(attention.SelfAttention, heads=1, kernel=kernels.blocked),
+  'window 256': partial(attention.SelfAttention, heads=1, window=256, kernel=kernels.banded),
+  '+ 4 sinks': partial(
+    attention.SelfAttention, heads=1, window=256, sinks=4, kernel=kernels.banded
+  ),
   'mamba': mamba.Mamba,
   'mamba2': partial(mamba2.Mamba2, head_dim=32, state=32),
   'rwkv': rwkv.TimeMix,
@@ -80,8 +84,8 @@ def plot(found: dict[str, list[tuple[float, float]]], lengths: list[int], path: 
   for i, (panel, title) in enumerate(
     zip(panels, ('microseconds per token', 'temporary bytes per token'), strict=True)
   ):
-    for name, values in found.items():
-      panel.plot(lengths, [v[i] for v in values], marker='o', markersize=3, label=name)
+    for mark, (name, values) in zip('osv^<>DPX', found.items(), strict=False):
+      panel.plot(lengths, [v[i] for v in values], marker=mark, markersize=4, label=name)
     panel.set(xscale='log', yscale='log', xlabel='tokens', title=title)
     panel.set_xticks(lengths, [str(n) for n in lengths], minor=False)
     panel.grid(alpha=0.3)

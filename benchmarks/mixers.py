@@ -3,10 +3,10 @@ r"""Forward and backward pass of four layers of each mixer, beside its reference
   python -m benchmarks.mixers                        # about three minutes; needs the extra `parity`
   python -m benchmarks.mixers --only=mamba,rwkv --rounds=3
 
-Peers: transformers' LLaMA, Mamba, Mamba-2 and RWKV (without their CUDA kernels, as they run on a CPU), eager; for
-RetNet, which transformers does not have, its recurrence written out token by token. Both sides have the same weights
-and must agree on the output. Calls are taken in turn, so that what else the machine does hits both. Medians; `ratio` is
-the peer's time over ours.
+Peers: transformers' LLaMA, Mistral (a window of 64), Mamba, Mamba-2 and RWKV (without their CUDA kernels, as they run
+on a CPU), eager; for RetNet, which transformers does not have, its recurrence written out token by token. Both sides
+have the same weights and must agree on the output. Calls are taken in turn, so that what else the machine does hits
+both. Medians; `ratio` is the peer's time over ours.
 """
 
 import argparse
@@ -22,6 +22,12 @@ SIZES = dict(hidden_size=256, num_hidden_layers=4, vocab_size=64)
 PEERS = {
   'llama': (
     'LlamaConfig', dict(SIZES, intermediate_size=688, num_attention_heads=4, tie_word_embeddings=True),
+  ),
+  'mistral': (
+    'MistralConfig',
+    dict(
+      SIZES, intermediate_size=688, num_attention_heads=4, num_key_value_heads=2, sliding_window=64,
+    ),
   ),
   'mamba': ('MambaConfig', dict(SIZES)),
   'mamba2': (
