@@ -36,7 +36,7 @@ MIXERS = {
   'mamba2': partial(mamba2.Mamba2, head_dim=32, state=32),
   'rwkv': rwkv.TimeMix,
   'retention': partial(retnet.Retention, heads=2),
-  's4': partial(s4.S4, pairs=8),
+  's4d': partial(s4.S4D, pairs=8),
   'hyena': partial(hyena.Hyena, length=16_384),
 }
 

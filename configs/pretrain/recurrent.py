@@ -1,12 +1,12 @@
-r"""Recurrent models on tiny Shakespeare: Mamba, Mamba-2, RWKV-4, RetNet, S4D, H3, Hyena, or Mamba with attention.
+r"""Recurrent models on tiny Shakespeare: Mamba, Mamba-2, RWKV-4, RetNet, S4, S4D, H3, Hyena, or Mamba with attention.
 
   llm-jax train --config=configs/pretrain/recurrent.py --workdir=runs/mamba
   llm-jax train --config=configs/pretrain/recurrent.py:rwkv --workdir=runs/rwkv
   llm-jax train --config=configs/pretrain/recurrent.py:retnet --workdir=runs/retnet
   llm-jax train --config=configs/pretrain/recurrent.py:hybrid --workdir=runs/hybrid
 
-Differs from configs/pretrain/lm.py in its blocks. Also `:mamba2`, `:s4`, `:h3`, `:hyena`. The hybrid repeats three
-blocks of Mamba and one of attention (the ratio of Jamba is seven to one, arXiv:2403.19887).
+Differs from configs/pretrain/lm.py in its blocks. Also `:mamba2`, `:s4`, `:s4d`, `:h3`, `:hyena`. The hybrid repeats
+three blocks of Mamba and one of attention (the ratio of Jamba is seven to one, arXiv:2403.19887).
 
 Expected: 3.70 held-out bits per byte after `:mamba,steps=100` (200,000 tokens, from 6.6 nats per token at step 20).
 """
@@ -44,6 +44,7 @@ def blocks(length):
     rwkv=alone(use(rwkv.TimeMix), channel=use(rwkv.ChannelMix)),
     retnet=feed(use(retnet.Retention, heads=4)),
     s4=feed(use(s4.S4)),
+    s4d=feed(use(s4.S4D)),
     h3=feed(use(h3.H3)),
     hyena=feed(use(hyena.Hyena, length=length)),
     hybrid=(one, one, one, feed(use(attention.SelfAttention, heads=4))),

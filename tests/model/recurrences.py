@@ -115,12 +115,30 @@ def gelu(x):
   return 0.5 * x * (1 + np.tanh(np.sqrt(2 / np.pi) * (x + 0.044715 * x**3)))
 
 
-def s4(m, p, x):
+def s4d(m, p, x):
   y = gelu(states(m, p, x))
   return (y @ p['value']) * sigmoid(y @ p['gate'])
 
 
-s4_bilinear = s4
+s4d_bilinear = s4d
+
+
+def s4(m, p, x):
+  """The whole matrix of both states of every pair, x_t = (1 - dt A / 2)^-1 ((1 + dt A / 2) x_{t-1} + dt B u_t)."""
+  number = lambda name: p[f'{name}_real'] + 1j * p[f'{name}_imag']
+  rates = -np.exp(p['log_rate_real']) + 1j * p['log_rate_imag']
+  parts = (rates, number('low'), number('into'), number('read'))
+  rates, low, into, read = (np.concatenate([z, z.conj()], -1) for z in parts)
+  y, one = np.zeros_like(x), np.eye(rates.shape[-1])
+  for f in range(x.shape[1]):
+    half = np.exp(p['log_step'][f]) / 2 * (np.diag(rates[f]) - np.outer(low[f], low[f].conj()))
+    h = np.zeros(len(one), complex)
+    for t in range(len(x)):
+      new = (one + half) @ h + np.exp(p['log_step'][f]) * into[f] * x[t, f]
+      h = np.linalg.solve(one - half, new)
+      y[t, f] = (read[f] @ h).real + p['skip'][f] * x[t, f]
+  y = gelu(y)
+  return (y @ p['value']) * sigmoid(y @ p['gate'])
 
 
 def h3(m, p, x):

@@ -15,6 +15,7 @@ from llm_jax.model.attention import Context
 from llm_jax.model.masks import Mask
 from llm_jax.model.recurrent import (
   convolution,
+  dplr,
   gss,
   h3,
   hyena,
@@ -40,12 +41,13 @@ MIXERS = dict(
   rwkv_channel=partial(rwkv.ChannelMix, hidden=24),
   retention=partial(retnet.Retention, heads=2, chunk=4),
   s4=partial(s4.S4, pairs=3),
-  s4_bilinear=partial(s4.S4, pairs=3, rates=ssm.inverse, rule=ssm.bilinear),
+  s4d=partial(s4.S4D, pairs=3),
+  s4d_bilinear=partial(s4.S4D, pairs=3, rates=ssm.inverse, rule=ssm.bilinear),
   h3=partial(h3.H3, pairs=3),
   gss=partial(gss.GatedStateSpace, hidden=24, narrow=8, pairs=3),
   hyena=partial(hyena.Hyena, length=16, width=8, bands=2),
 )
-EVERY = pytest.mark.parametrize('name', [name for name in MIXERS if name != 's4_bilinear'])
+EVERY = pytest.mark.parametrize('name', [name for name in MIXERS if name != 's4d_bilinear'])
 
 
 @functools.cache
@@ -265,6 +267,33 @@ def test_hippo_is_normal_less_rank_one():
   found = np.linalg.eigvals(normal)
   wanted = sorted(found[found.imag > 0], key=lambda z: z.imag)
   np.testing.assert_allclose(ssm.legs(n), wanted, atol=1e-9)
+
+
+def test_s4_starts_as_hippo():
+  """Its matrix has HiPPO's eigenvalues -1, -2, ..., -N, and its first outputs those of the continuous system."""
+  n = 4
+  rates, low, _ = (np.concatenate([z, z.conj()]) for z in dplr.legs(n))
+  found = np.linalg.eigvals(np.diag(rates) - np.outer(low, low.conj()))
+  np.testing.assert_allclose(sorted(found.real), -np.arange(2 * n, 0, -1.0), atol=1e-6)
+  np.testing.assert_allclose(found.imag, 0, atol=1e-6)
+
+
+@pytest.mark.parametrize('t', [1, 2, 13, 64])
+def test_the_kernel_of_s4_is_its_powers(t):
+  """The generating function against C Abar^l Bbar, in float64 with scipy's discretisation (S4, eq. 5)."""
+  signal = pytest.importorskip('scipy.signal')
+  rates, low, into = dplr.legs(8)
+  read = np.random.default_rng(0).normal(size=(8, 2)) @ [1, 1j]
+  wide = lambda z: jnp.asarray(z, jnp.complex64)[None]
+  system = dplr.System(*map(wide, (rates, low, into, read)), jnp.full((1,), 0.05), jnp.zeros((1,)))
+  rates, low, into, read = (np.concatenate([z, z.conj()]) for z in (rates, low, into, read))
+  a = np.diag(rates) - np.outer(low, low.conj())
+  abar, bbar, *_ = signal.cont2discrete((a, into[:, None], read[None], [[0]]), 0.05, 'bilinear')
+  x, wanted = bbar[:, 0], []
+  for _ in range(t):
+    wanted.append((read @ x).real)
+    x = abar @ x
+  np.testing.assert_allclose(dplr.kernel(system, t)[:, 0], wanted, atol=2e-4)
 
 
 @pytest.mark.parametrize('cuts', [(0, 37), (0, 1, 9, 22, 37), tuple(range(38))])
