@@ -21,6 +21,7 @@ ROLES = dict(
   pad='padding_token_id',
   turn='eot_token_id',
 )
+BYTE_LEVEL, SENTENCEPIECE = 'gpt2', 'llama'  # GGUF's names of the two kinds, see above
 KEY = 'tokenizer.ggml.'
 
 _LETTERS = (
@@ -64,7 +65,7 @@ def read(metadata: Mapping[str, Any]) -> tokenizer.Tokenizer:
       f'it has no tokenizer ({KEY}model or {KEY}tokens is missing): use --vocab=none to convert the weights alone, or '
       '--vocab=DIR for the tokenizer of a Hugging Face folder'
     )
-  kinds = dict(gpt2=_byte_level, llama=_sentencepiece)
+  kinds = {BYTE_LEVEL: _byte_level, SENTENCEPIECE: _sentencepiece}
   if kind not in kinds:
     raise UserError(f'its {KEY}model {kind!r} is not supported: {nearest(kind, kinds)}')
   pieces = metadata[f'{KEY}tokens']
@@ -72,7 +73,7 @@ def read(metadata: Mapping[str, Any]) -> tokenizer.Tokenizer:
   if len(types) != len(pieces):
     raise UserError(f'it has {len(pieces)} tokens and {len(types)} in {KEY}token_type')
   roles = {role: metadata.get(KEY + key) for role, key in ROLES.items()}
-  begins = metadata.get(f'{KEY}add_bos_token', kind == 'llama')
+  begins = metadata.get(f'{KEY}add_bos_token', kind == SENTENCEPIECE)
   return tokenizer.Tokenizer(
     kinds[kind](metadata, pieces, types),
     roles=roles | dict(start=roles['bos'] if begins else None),
@@ -113,13 +114,15 @@ def sentencepiece(
 def metadata(vocabulary: tokenizer.Tokenizer) -> dict[str, Any]:
   """The metadata of a tokenizer. Raises `UserError` for one that GGUF has no name for."""
   described = json.loads(vocabulary.description)
-  kind = 'gpt2' if 'ByteLevel' in json.dumps(described['decoder']) else 'llama'
-  found = dict(gpt2=_byte_level_metadata, llama=_sentencepiece_metadata)[kind](described)
+  kind = BYTE_LEVEL if 'ByteLevel' in json.dumps(described['decoder']) else SENTENCEPIECE
+  found = {BYTE_LEVEL: _byte_level_metadata, SENTENCEPIECE: _sentencepiece_metadata}[kind](
+    described
+  )
   pieces = _pieces(described, vocabulary.base)
   special = {t['id']: CONTROL if t['special'] else USER for t in described['added_tokens']}
-  is_byte = lambda p: kind == 'llama' and len(p) == 6 and p.startswith('<0x')
+  is_byte = lambda p: kind == SENTENCEPIECE and len(p) == 6 and p.startswith('<0x')
   types = [special.get(i, BYTE if is_byte(p) else NORMAL) for i, p in enumerate(pieces)]
-  if kind == 'llama' and vocabulary.unk is not None:
+  if kind == SENTENCEPIECE and vocabulary.unk is not None:
     types[vocabulary.unk] = UNKNOWN
   found |= dict(model=kind, tokens=pieces, token_type=types)
   found |= dict(add_bos_token=vocabulary.start is not None)

@@ -192,15 +192,16 @@ def tied(c: Settings, default: bool, bias: bool = False) -> ConfigDict:
 
 
 def decoder(c: Settings, **parts: Any) -> ConfigDict:
-  """A causal decoder with the sizes of a config under their usual names. kinds, mixer_of: see `pattern`; for layers
-  that differ in their mixer.
+  """A causal decoder with the sizes of a config under their usual names. kinds: of the layers, where they
+  differ (see `pattern`); mixer_of, block_of: the mixer, or the whole block, of a layer of a kind.
   """
   layer = {k: parts.pop(k) for k in ('mixer', 'ffn', 'norm', 'residual') if k in parts}
-  kinds, mixer_of = parts.pop('kinds', None), parts.pop('mixer_of', None)
+  kinds = parts.pop('kinds', None)
   if kinds is None:
     kinds = [None] * get(c, 'num_hidden_layers', 'n_layer', 'n_layers', 'num_layers')
-    mixer_of = lambda kind: layer['mixer']
-  make = lambda kind: use(block.decoder, **layer | dict(mixer=mixer_of(kind)))
+  mixer_of = parts.pop('mixer_of', lambda kind: layer['mixer'])
+  block_of = lambda kind: use(block.decoder, **layer | dict(mixer=mixer_of(kind)))
+  make = parts.pop('block_of', block_of)
   return use(
     transformer.causal,
     **dict(

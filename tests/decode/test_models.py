@@ -144,7 +144,9 @@ def test_streamed_characters_are_never_cut(kind, pieces):
   for cut in (0, 3, len(words.encode(SAMPLE[:9]))):
     before = words.encode(words.decode(ids[:cut]).replace('\ufffd', ''))
     found = list(
-      generate_lib._pieces(words, before, [[i] for i in words.encode(SAMPLE)] + [[words.eos]])
+      generate_lib._pieces(
+        words, before, [[i] for i in words.encode(SAMPLE)] + [[words.eos]], words.eos
+      )
     )
     assert ''.join(found) == SAMPLE
     assert not any('\ufffd' in piece for piece in found)
@@ -154,7 +156,7 @@ def test_streamed_characters_are_never_cut(kind, pieces):
 def test_bytes_that_are_no_character_come_out_replaced_and_nothing_is_lost():
   words = vocab_lib.bytes_(extra_ids=0)
   raw = b'a\xff\xfe\xfd\xfc\xfbb\xe2\x82c\xf0\x9f'
-  found = list(generate_lib._pieces(words, [], [[b + 3] for b in raw]))
+  found = list(generate_lib._pieces(words, [], [[b + 3] for b in raw], words.eos))
   assert ''.join(found) == raw.decode('utf-8', errors='replace')
 
 

@@ -153,13 +153,17 @@ def test_with_a_state_is_without(tiny, ids, model, name):
 
 @every
 def test_ragged_prompts_are_the_whole_sequences(tiny, ids, model, name):
-  """Right-padded prompts of unequal length, then two more tokens each, with the padding's slots overwritten."""
+  """Right-padded prompts of unequal length, then two more tokens each: the padding's slots are overwritten, and a ring
+  is told by `segments` what is padding.
+  """
   params, lengths, step = tiny.large(model), np.array([3, 6, 5]), stepper(model)
   full = tiny.forward(model)(params, dict(inputs=ids))  # causal: a prompt's logits are its slice
   states = model.states(params, dict(inputs=ids), tiny.LENGTH)
   prompt = jnp.where(jnp.arange(6) < lengths[:, None], ids[:, :6], 0)
   where = jnp.broadcast_to(jnp.arange(6), (3, 6))
-  logits, states = step(params, dict(inputs=prompt, positions=where), states)
+  real = (where < lengths[:, None]).astype(jnp.int32)
+  told = dict(segments=real) if name in SEEN else {}
+  logits, states = step(params, dict(inputs=prompt, positions=where, **told), states)
   got = [[logits[i, n - 1]] for i, n in enumerate(lengths)]
   for j in range(2):
     at = jnp.asarray(lengths + j)[:, None]

@@ -12,9 +12,8 @@ from llm_jax.model.recurrent import rwkv as rwkv_lib
 
 def _decoder(c: Settings, norm: ConfigDict, head: ConfigDict, **mixers: ConfigDict) -> ConfigDict:
   """A causal decoder of blocks without a feed-forward."""
-  model = settings.decoder(c, norm=norm, head=head)
-  model.block = use(block.mixers, norm=norm, **mixers)
-  return model
+  layer = use(block.mixers, norm=norm, **mixers)
+  return settings.decoder(c, norm=norm, head=head, block_of=lambda kind: layer)
 
 
 def _mamba(c: Settings, mixer: ConfigDict, tied: bool) -> ConfigDict:
