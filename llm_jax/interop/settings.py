@@ -218,7 +218,11 @@ def self_attention(c: Settings, **kw: Any) -> ConfigDict:
   """Self-attention with their number of heads."""
   return use(
     attention.SelfAttention,
-    **dict(heads=get(c, 'num_attention_heads', 'n_head', 'n_heads', 'num_heads')) | kw,
+    **dict(
+      heads=get(c, 'num_attention_heads', 'n_head', 'n_heads', 'num_heads'),
+      kernel=use(kernels.blocked),
+    )
+    | kw,
   )
 
 
