@@ -4,7 +4,7 @@ r"""Forward and backward pass of four layers of each mixer, beside its reference
   python -m benchmarks.mixers --only=mamba,rwkv --rounds=3
 
 Peers: transformers' LLaMA, Mistral (a window of 64), Mamba, Mamba-2 and RWKV (without their CUDA kernels, as they run
-on a CPU), eager; for RetNet, which transformers does not have, its recurrence written out token by token. Both sides
+on a CPU), eager; for the others, which transformers does not have, recurrences.py. Both sides
 have the same weights and must agree on the output; ours runs its layers unrolled, as PyTorch does. Calls are taken in
 turn, so that what else the machine does hits both. Medians; `ratio` is the peer's time over ours.
 """
@@ -14,6 +14,7 @@ import functools
 import statistics
 import tempfile
 import time
+from collections.abc import Callable
 from typing import Any
 
 import numpy as np
@@ -35,6 +36,9 @@ PEERS = {
   ),
   'rwkv': ('RwkvConfig', dict(SIZES, use_cache=False, rescale_every=0)),
 }  # fmt: skip
+
+
+WRITTEN = ('retention', 's4', 's4d', 'h3', 'gss', 'hyena')
 
 
 def published(name: str) -> tuple[Any, Any, Any]:
@@ -62,24 +66,33 @@ def published(name: str) -> tuple[Any, Any, Any]:
   return model, params, run
 
 
-def retnet() -> tuple[Any, Any, Any]:
-  """The same of RetNet, whose peer is written below."""
+def written(name: str) -> tuple[Any, Any, Any]:
+  """The same of a mixer whose peer is in recurrences.py, in a decoder with a gated feed-forward."""
   import jax
 
+  from benchmarks import recurrences
   from llm_jax.core import tree
   from llm_jax.model import block, ffn, norms, stack, transformer
-  from llm_jax.model.recurrent import retnet as ours
+  from llm_jax.model.recurrent import gss, h3, hyena, retnet, s4
 
   partial = functools.partial
-  layer = partial(
-    block.decoder,
-    mixer=partial(ours.Retention, heads=4),
-    ffn=partial(ffn.Gated, hidden=512),
-    norm=norms.RMSNorm,
+  ours = dict(
+    retention=partial(retnet.Retention, heads=4),
+    s4=s4.S4,
+    s4d=s4.S4D,
+    h3=h3.H3,
+    gss=gss.GatedStateSpace,
+    hyena=partial(hyena.Hyena, length=256),
   )
+  feed = partial(ffn.Gated, hidden=512)
+  layer = partial(block.decoder, mixer=ours[name], ffn=feed, norm=norms.RMSNorm)
   model = transformer.causal(vocab=64, embed=256, layers=4, block=layer, runner=stack.loop)
   params = model.init(jax.random.key(0))
-  return model, params, functools.partial(_retnet, _tensors(tree.flatten(params)))
+  return (
+    model,
+    params,
+    partial(_decoder, getattr(recurrences, name), _tensors(tree.flatten(params))),
+  )
 
 
 def _tensors(flat: dict[str, Any]) -> dict[str, Any]:
@@ -88,8 +101,8 @@ def _tensors(flat: dict[str, Any]) -> dict[str, Any]:
   return {name: torch.tensor(np.asarray(x), requires_grad=True) for name, x in flat.items()}
 
 
-def _retnet(p: dict[str, Any], ids: Any) -> Any:
-  """RetNet by eq. 6 of arXiv:2307.08621, one token after the other."""
+def _decoder(mixer: Callable, p: dict[str, Any], ids: Any) -> Any:
+  """Pre-norm layers around a mixer."""
   import torch
 
   for w in p.values():
@@ -98,33 +111,13 @@ def _retnet(p: dict[str, Any], ids: Any) -> Any:
   def norm(x: Any, scale: Any) -> Any:
     return torch.nn.functional.rms_norm(x, x.shape[-1:], scale, 1e-6)
 
-  x = p['embedding/table'][ids]
-  t, layer = ids.shape[1], 'decoder/layers/block_0/'
-  heads, size = p[f'{layer}mixer/query'].shape[2:]
-  gamma = (1 - 2.0 ** (-5 - torch.arange(heads)))[:, None, None]
-  angle = torch.outer(torch.arange(t), 10_000.0 ** (-torch.arange(0, size, 2) / size))
-  turn = torch.polar(torch.ones_like(angle), angle)[:, None]
-  for i in range(p[f'{layer}mixer/query'].shape[0]):
+  x, layer = p['embedding/table'][ids], 'decoder/layers/block_0/'
+  for i in range(4):
     w = {name.removeprefix(layer): v[i] for name, v in p.items() if name.startswith(layer)}
-    y = norm(x, w['mixer_norm/scale'])
-    q, k, v, g = (
-      torch.einsum('btd,dhk->bthk', y, w[f'mixer/{n}']) for n in ('query', 'key', 'value', 'gate')
-    )
-    q, k = (
-      torch.view_as_real(torch.view_as_complex(z.unflatten(-1, (-1, 2))) * turn).flatten(-2)
-      for z in (q, k)
-    )
-    state, found = 0, []
-    for j in range(t):
-      state = gamma * state + k[:, j, :, :, None] * size**-0.5 * v[:, j, :, None]
-      found.append(torch.einsum('bhk,bhkp->bhp', q[:, j], state))
-    y = torch.stack(found, dim=1)
-    y = torch.nn.functional.layer_norm(y, y.shape[-1:], eps=1e-5)
-    y = torch.nn.functional.silu(g) * y
-    x = x + torch.einsum('bthp,hpd->btd', y, w['mixer/out'])
+    of = {name.removeprefix('mixer/'): v for name, v in w.items() if name.startswith('mixer/')}
+    x = x + mixer(of, norm(x, w['mixer_norm/scale']))
     y = norm(x, w['ffn_norm/scale'])
-    y = torch.nn.functional.silu(y @ w['ffn/gate']) * (y @ w['ffn/up'])
-    x = x + y @ w['ffn/down']
+    x = x + (torch.nn.functional.silu(y @ w['ffn/gate']) * (y @ w['ffn/up'])) @ w['ffn/down']
   return norm(x, p['decoder/norm/scale'])
 
 
@@ -133,7 +126,7 @@ def compare(name: str, batch: int, length: int, rounds: int) -> tuple[float, flo
   import jax
   import torch
 
-  model, params, peer = retnet() if name == 'retnet' else published(name)
+  model, params, peer = published(name) if name in PEERS else written(name)
   rng = np.random.default_rng(0)
   ids = rng.integers(1, 64, (batch, length))
   weight = rng.standard_normal((batch, length, 256)).astype(np.float32)
@@ -168,7 +161,7 @@ def compare(name: str, batch: int, length: int, rounds: int) -> tuple[float, flo
 def main() -> None:
   """Prints a line for each mixer."""
   parser = argparse.ArgumentParser(description=__doc__.partition('\n')[0])
-  parser.add_argument('--only', default=','.join((*PEERS, 'retnet')))
+  parser.add_argument('--only', default=','.join((*PEERS, *WRITTEN)))
   parser.add_argument('--batch', type=int, default=4)
   parser.add_argument('--length', type=int, default=256)
   parser.add_argument('--rounds', type=int, default=9)

@@ -116,7 +116,9 @@ SIZES = 'vocab embed layers encoder_layers heads groups head_dim hidden length'.
 
 
 def flattened(call, at=()):
-  """{path of keys: value} of a config, without the sizes."""
+  """{path of keys: value} of a config, without the sizes and the kernels, which compute the same."""
+  if at and at[-1] == 'kernel':
+    return {}
   if not isinstance(call, dict):
     return {} if at[-1] in SIZES else {at: call}
   return {path: x for key, v in call.items() for path, x in flattened(v, (*at, key)).items()}
