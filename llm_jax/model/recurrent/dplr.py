@@ -66,19 +66,23 @@ def declare(module: nn.Module, f: int, pairs: int) -> System:
 
 
 def discrete(system: System) -> tuple[jax.Array, jax.Array, jax.Array]:
-  """(Abar f32 [f, 2n, 2n], Bbar [f, 2n], C [f, 2n]) on the real and imaginary parts of the states."""
+  """(Abar f32 [f, 2n, 2n], Bbar [f, 2n], C [f, 2n]) on the real and imaginary parts of the states.
+
+  The inverse in Tustin's rule is that of a diagonal plus rank 1 (Sherman and Morrison): no factorisation.
+  """
   both = lambda z: jnp.concatenate([z.real, z.imag], axis=-1)
+  step = system.step[:, None]
+  inverse = 1 / (1 - step / 2 * system.rates)
+  low, back = both(system.low), both(inverse * system.low)
+  gain = step / (1 + step * jnp.sum(low * back, axis=-1, keepdims=True))
+  fix = lambda v: v - (gain * back)[..., None] * jnp.einsum('fn,fnm->fm', low, v)[:, None]
+  ratio = (1 + step / 2 * system.rates) * inverse
   diagonal = lambda x: x[..., None] * jnp.eye(x.shape[-1])
-  real, imag = diagonal(system.rates.real), diagonal(system.rates.imag)
-  matrix = jnp.concatenate(
-    [jnp.concatenate([real, -imag], -1), jnp.concatenate([imag, real], -1)], axis=-2
-  )
-  low, step = both(system.low), system.step[:, None, None]
-  half = step / 2 * (matrix - 2 * low[:, :, None] * low[:, None, :])
-  one = jnp.eye(half.shape[-1])
-  right = jnp.concatenate([one + half, step * both(system.into)[..., None]], axis=-1)
-  solved = jnp.linalg.solve(one - half, right)
-  return solved[..., :-1], solved[..., -1], 2 * both(system.read.conj())
+  real, imag = diagonal(ratio.real), diagonal(ratio.imag)
+  rows = jnp.concatenate([real, -imag], -1), jnp.concatenate([imag, real], -1)
+  decay = fix(jnp.concatenate(rows, axis=-2) - (step * back)[..., None] * low[:, None, :])
+  into = fix(both(step * inverse * system.into)[..., None])[..., 0]
+  return decay, into, 2 * both(system.read.conj())
 
 
 def kernel(system: System, t: int) -> jax.Array:
