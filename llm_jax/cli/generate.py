@@ -30,6 +30,21 @@ from llm_jax.decode import generate
 from llm_jax.decode import logits as logits_lib
 from llm_jax.train import checkpoint
 
+# The flags of `logits.Sampling`, which says more of each.
+SAMPLING = (
+  ('temperature', 0.8, 'logits are divided by it; 0 takes the likeliest token'),
+  ('top_k', 0, 'draw from this many likeliest tokens; 0 from all'),
+  ('top_p', 1.0, 'draw from the fewest tokens with this much probability'),
+  ('min_p', 0.0, 'draw from tokens with this part of the largest probability'),
+  ('typical', 1.0, 'draw from the fewest tokens of this mass nearest to the entropy'),
+  ('epsilon', 0.0, 'draw from tokens of at least this probability'),
+  ('eta', 0.0, 'the same, less where the entropy is high'),
+  ('repetition', 1.0, 'divides the logits of tokens that are there already; 1 is off'),
+  ('presence', 0.0, 'subtracted from the logits of tokens in the answer'),
+  ('frequency', 0.0, 'the same, times their number'),
+  ('no_repeat_ngram', 0, 'no n-gram of this length twice; 0 is off'),
+)
+
 
 def main(argv: list[str]) -> int:
   """Runs the command; returns the exit code."""
@@ -99,11 +114,10 @@ def _flags() -> flags.FlagValues:
   flags.DEFINE_multi_string('prompt', [], 'text to go on from; may be repeated', **at)
   flags.DEFINE_string('prompts_file', None, 'a file with one prompt per line', **at)
   flags.DEFINE_integer('max_new', 200, 'tokens to generate at most', lower_bound=1, **at)
-  flags.DEFINE_float(
-    'temperature', 0.8, 'logits are divided by it; 0 takes the likeliest token', **at
-  )
-  flags.DEFINE_integer('top_k', 0, 'draw from this many likeliest tokens; 0 from all', **at)
-  flags.DEFINE_float('top_p', 1.0, 'draw from the fewest tokens with this much probability', **at)
+  for name, default, words in SAMPLING:
+    define = flags.DEFINE_integer if isinstance(default, int) else flags.DEFINE_float
+    define(name, default, words, **at)
+  flags.DEFINE_multi_string('stop', [], 'end the text in front of this; may be repeated', **at)
   flags.DEFINE_string('preset', None, f'settings of a paper: {", ".join(logits_lib.PRESETS)}', **at)
   flags.DEFINE_integer('seed', 0, 'the same seed gives the same text', **at)
   flags.DEFINE_integer('num', 1, 'samples per prompt', lower_bound=1, **at)
@@ -114,15 +128,15 @@ def _flags() -> flags.FlagValues:
 
 def _settings(given: flags.FlagValues) -> dict[str, Any]:
   """The sampler's settings: a preset's, where one is named, with what the command line sets itself on top."""
-  names = ('temperature', 'top_k', 'top_p')
+  names = logits_lib.Sampling._fields
   settings = {name: given[name].value for name in names}
   if given.preset is not None:
     if given.preset not in logits_lib.PRESETS:
       raise UserError(f'no preset {given.preset!r}; {nearest(given.preset, logits_lib.PRESETS)}')
     own = {name: given[name].value for name in names if given[name].present}
-    settings = dict(temperature=1.0, top_k=0, top_p=1.0) | logits_lib.PRESETS[given.preset] | own
+    settings = logits_lib.PRESETS[given.preset] | own
   logits_lib.check(**settings)
-  return dict(settings, max_new=given.max_new)
+  return dict(settings, max_new=given.max_new, stop=tuple(given.stop))
 
 
 def _prompts(given: flags.FlagValues) -> list[str]:

@@ -10,6 +10,7 @@ import pytest
 from llm_jax.core import mesh
 from llm_jax.core.errors import UserError
 from llm_jax.decode import generate as generate_lib
+from llm_jax.decode import prompts as prompts_lib
 from llm_jax.decode.generate import generate, stream
 
 KINDS = ('causal', 'prefix', 'encoder_decoder')
@@ -123,7 +124,7 @@ def test_a_ragged_batch_is_its_rows_one_by_one(kind):
 
 
 def test_the_prefix_reaches_the_model_as_the_slots_up_to_the_prompt():
-  batch, last, slots = generate_lib._layout(fake('prefix'), *pad([[4, 5], []], 3), 4)
+  batch, last, slots, _ = prompts_lib.lay(fake('prefix'), *pad([[4, 5], []], 3), 4)
   assert batch['inputs'].tolist() == [[0, 4, 5, 0], [0, 0, 0, 0]]
   assert batch['positions'].tolist() == [[0, 1, 2, 3]] * 2
   assert batch['prefix'].astype(int).tolist() == [[1, 1, 1, 0, 0, 0, 0], [1, 0, 0, 0, 0, 0, 0]]

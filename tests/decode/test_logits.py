@@ -134,7 +134,7 @@ def test_a_row_does_not_depend_on_the_others():
 
 def test_presets_are_settings_of_sample():
   for settings in logits_lib.PRESETS.values():
-    logits_lib.check(**dict(dict(temperature=1.0, top_k=0, top_p=1.0), **settings))
+    logits_lib.check(**settings)
     draw = jax.jit(lambda x, k: logits_lib.sample(x, k, **settings))  # noqa: B023
     assert 0 <= int(draw(jnp.zeros((1, 60)), jax.random.key(0))[0]) < 60
 
@@ -152,4 +152,4 @@ def test_presets_are_settings_of_sample():
 )
 def test_settings_outside_their_range(wrong, word):
   with pytest.raises(UserError, match=word):
-    logits_lib.check(**dict(dict(temperature=1.0, top_k=0, top_p=1.0), **wrong))
+    logits_lib.check(**wrong)

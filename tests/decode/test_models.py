@@ -10,7 +10,7 @@ import pytest
 from llm_jax.core import config, mesh
 from llm_jax.core.errors import UserError
 from llm_jax.data import vocab as vocab_lib
-from llm_jax.decode import generate as generate_lib
+from llm_jax.decode import prompts as prompts_lib
 from llm_jax.decode.generate import generate, stream_text, text
 from llm_jax.model import attention, block, ffn, positions, transformer
 
@@ -144,7 +144,7 @@ def test_streamed_characters_are_never_cut(kind, pieces):
   for cut in (0, 3, len(words.encode(SAMPLE[:9]))):
     before = words.encode(words.decode(ids[:cut]).replace('\ufffd', ''))
     found = list(
-      generate_lib._pieces(
+      prompts_lib.pieces(
         words, before, [[i] for i in words.encode(SAMPLE)] + [[words.eos]], words.eos
       )
     )
@@ -156,7 +156,7 @@ def test_streamed_characters_are_never_cut(kind, pieces):
 def test_bytes_that_are_no_character_come_out_replaced_and_nothing_is_lost():
   words = vocab_lib.bytes_(extra_ids=0)
   raw = b'a\xff\xfe\xfd\xfc\xfbb\xe2\x82c\xf0\x9f'
-  found = list(generate_lib._pieces(words, [], [[b + 3] for b in raw], words.eos))
+  found = list(prompts_lib.pieces(words, [], [[b + 3] for b in raw], words.eos))
   assert ''.join(found) == raw.decode('utf-8', errors='replace')
 
 
@@ -181,7 +181,7 @@ def test_text_does_not_depend_on_the_size_of_its_batches(pieces):
 def test_text_draws_no_padding_and_no_id_beyond_the_vocabulary():
   words = vocab_lib.bytes_(extra_ids=0, modes=())
   model, params = make('causal', 'rope', vocab=words.size + 6, multiple=64)
-  allowed = generate_lib._allowed(model, words)
+  allowed = prompts_lib.drawable(model, words)
   assert not allowed[0] and not allowed[words.size :].any() and allowed[1 : words.size].all()
   settings = dict(max_new=40, temperature=30.0, eos=None, allowed=allowed)
   out = generate(model, params, PROMPTS, LENGTHS, KEY, **settings)
@@ -191,11 +191,11 @@ def test_text_draws_no_padding_and_no_id_beyond_the_vocabulary():
 def test_an_encoder_reads_the_prompt_as_training_wrote_it():
   words = vocab_lib.bytes_(extra_ids=2)
   model, _ = make('encoder_decoder', 'rope', vocab=words.size)
-  encode = functools.partial(generate_lib._encode, model, words)
+  encode = functools.partial(prompts_lib.encode, model, words)
   assert encode('') == [1]
   assert encode('ab') == words.encode('ab')
   assert encode('a<extra_id_0>') == [*words.encode('a<extra_id_0>'), 1]
-  assert generate_lib._encode(make('causal', 'rope', vocab=words.size)[0], words, '') == []
+  assert prompts_lib.encode(make('causal', 'rope', vocab=words.size)[0], words, '') == []
 
 
 def test_a_vocabulary_larger_than_the_model():
