@@ -65,14 +65,13 @@ def decoder_only(ends: Ends, decoder: Stack) -> Model:
     slots = None if states is None else batch.get('slots', positions)
     mask = Mask(True, seen, segments, slots, windows=_windows(batch, states))
     bias = _bias(decoder, params, mask, x.shape[1], keys)
-    told = dict(ids=batch['inputs'], real=_real(batch, states))
+    told = dict(ids=batch['inputs'], real=_real(batch, states), pages=batch.get('pages'))
     ctx = Context(mask, positions, bias, rngs[1], **told)
     return _run(decoder, params, x, ctx, states)
 
   def states(params: Params, batch: Batch, length: int) -> dict:
-    del params
     _check_length(decoder, ends, length)
-    return _initial(decoder, ends, batch['inputs'].shape[0], length)
+    return _initial(decoder, ends, params, batch['inputs'].shape[0], length)
 
   return _model(ends, hidden, states, decoder)
 
@@ -109,7 +108,7 @@ def encoder_decoder(ends: Ends, encoder: Stack, decoder: Stack) -> Model:
   def states(params: Params, batch: Batch, length: int) -> dict:
     _check_length(decoder, ends, length)
     rows = batch['inputs'].shape[0]
-    empty = _initial(decoder, ends, rows, length)
+    empty = _initial(decoder, ends, params, rows, length)
     # One step of padding whose key and value fall outside the slots: it only leaves the cross-attention's.
     none = jnp.zeros((rows, 1), jnp.int32)
     step = dict(batch, inputs=none, positions=none + length, segments=none)
@@ -261,7 +260,7 @@ def _run(part: Stack, params: Params, x: jax.Array, ctx: Context, states: Any) -
   return Hidden(x, states, aux)
 
 
-def _initial(part: Stack, ends: Ends, rows: int, length: int) -> dict:
+def _initial(part: Stack, ends: Ends, params: Params, rows: int, length: int) -> dict:
   def place(path: str, x: jax.Array) -> jax.Array:
     slots = path.endswith(
       ('/k', '/v', '_k', '_v')
@@ -269,9 +268,10 @@ def _initial(part: Stack, ends: Ends, rows: int, length: int) -> dict:
     rest = ('length', 'groups', 'head_dim') if slots else (None,) * (x.ndim - 2)
     return mesh.shard(x, 'layers', 'batch', *rest)
 
-  return tree_lib.map_paths(
-    place, stack.initial(part.segments, rows, length, ends.embed, ends.dtype)
-  )
+  states = stack.initial(part.segments, rows, length, ends.embed, ends.dtype)
+  if stack.is_apart(params[part.name]):
+    states = stack.apart(states)
+  return tree_lib.map_paths(place, states)
 
 
 def _length(states: Any) -> int | None:
@@ -287,6 +287,8 @@ def _real(batch: Batch, states: Any) -> jax.Array | None:
 
 def _unread(states: Any) -> bool:
   """Whether some cross-attention has not seen the encoder's output yet."""
+  if isinstance(states, tuple):
+    return any(map(_unread, states))
   if not isinstance(states, dict):
     return False
   return not states or any(_unread(s) for s in states.values())

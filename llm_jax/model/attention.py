@@ -15,7 +15,7 @@ import jax.numpy as jnp
 
 from llm_jax.core import mesh, weights
 from llm_jax.core.errors import UserError
-from llm_jax.model import kernels, param, positions
+from llm_jax.model import kernels, paged, param, positions
 from llm_jax.model.masks import Mask
 
 State = dict[str, jax.Array]
@@ -29,7 +29,8 @@ class Context(NamedTuple):
   rng: the layer's dropout key, None for none. encoded: [batch, s, embed], what cross-attention reads. encoded_mask: who
   sees whom there. ids: int [batch, t], the tokens themselves. real: bool [batch, t], with a state: which tokens are no
   padding, None for all; those of a row come first. Attention needs none of it (what padding leaves in a slot is
-  overwritten), a recurrent state stays where it is.
+  overwritten), a recurrent state stays where it is. pages: int32 [batch, n], where the slots of a paged state lie
+  (model/paged.py), None for a state with slots of its own.
   """
 
   mask: Mask
@@ -40,6 +41,7 @@ class Context(NamedTuple):
   encoded_mask: Mask = Mask()
   ids: jax.Array | None = None
   real: jax.Array | None = None
+  pages: jax.Array | None = None
 
 
 def _sizes(module: nn.Module, embed: int) -> tuple[int, int, int]:
@@ -168,6 +170,9 @@ class SelfAttention(nn.Module):
       q, k = self.qk_norm(name='query_norm')(q), self.qk_norm(name='key_norm')(k)
     if self.rotate is not None:
       q, k = self.rotate(q, k, ctx.positions)
+    if state is not None and ctx.pages is not None and not self._turns():
+      y, state = self._paged(q, k, v, ctx, state)
+      return _output(self, y, x.shape[-1]), state
     if state is not None and self._turns():
       k, v, mask, state = _ring(self, state, k, v, ctx)
     else:
@@ -182,6 +187,19 @@ class SelfAttention(nn.Module):
     ctx = ctx._replace(mask=mask)
     q, k, bias = self._distances(q, k, ctx, x.shape[-1])
     return _output(self, _attend(self, q, k, v, ctx.mask, ctx, bias), x.shape[-1]), state
+
+  @nn.nowrap
+  def _paged(self, q: jax.Array, k: jax.Array, v: jax.Array, ctx: Context, state: State) -> tuple:
+    """(output, state) of a call whose state is in pages."""
+    told = ctx.bias is not None or ctx.mask.prefix is not None or ctx.mask.windows is not None
+    if told or self.relative is not None or self.sees is not None:
+      raise UserError(
+        'attention in pages has no position bias, prefix, sparse pattern or parallel windows: decode this model with '
+        'llm-jax generate'
+      )
+    state = paged.write(state, dict(k=k, v=v), ctx.pages, ctx.mask.queries, ctx.real)
+    sizes = dict(scale=self.scale, cap=self.cap)
+    return paged.attend(q, state['k'], state['v'], ctx.pages, ctx.mask.queries, **sizes), state
 
   @nn.nowrap
   def _turns(self) -> bool:

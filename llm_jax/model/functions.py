@@ -30,7 +30,8 @@ class Model(NamedTuple):
   axes: a tree like params with a tuple of axis names for every leaf.
   hidden(params, batch, *, states=None, rng=None) -> Hidden; dropout is on when there is a key `rng`. Besides `inputs`,
     a batch may have `positions`, `segments` (packed documents), `prefix`, `encoder/*`, and for parallel context windows
-    `windows` [batch, t], with a state also `slots` [batch, t] and `slot_windows` [batch, slots].
+    `windows` [batch, t], with a state also `slots` [batch, t] and `slot_windows` [batch, slots]. `pages` [batch, n]:
+    the attention states are pools (model/paged.py).
   logits(params, x [batch, length, embed]) -> f32 [batch, length, rows]; reads only `head(params)`.
   head(params) -> the part of params that logits reads.
   states(params, batch, length) -> an empty context of `length` slots per row of batch['inputs'], every leaf

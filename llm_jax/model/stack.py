@@ -8,6 +8,9 @@ runs it: a checkpoint never depends on how it was executed. A runner is
     apply(params of one repeat, x, states of one repeat, index) -> (x, states, aux)
 
 with `aux` a dict of losses [batch], summed over the layers.
+
+To decode fast, the repeats can lie apart (`apart`): then a segment's parameters and states are tuples with a tree per
+repeat, leaves [1, ...], and no runner is asked. A stacked weight would be copied out of its stack for every token.
 """
 
 import functools
@@ -104,7 +107,10 @@ def run(
   for key, segment in zip(keys(stack), stack, strict=True):
     apply = _repeat(segment.blocks, ctx, first)
     state = None if states is None else states[key]
-    x, after[key], aux = runner(apply, params[key], x, state, segment.repeats)
+    if isinstance(params[key], tuple):
+      x, after[key], aux = _each(apply, params[key], x, state)
+    else:
+      x, after[key], aux = runner(apply, params[key], x, state, segment.repeats)
     total = add(total, aux)
     first += segment.repeats * len(segment.blocks)
   return x, None if states is None else after, total
@@ -125,6 +131,40 @@ def _repeat(blocks: tuple[Block, ...], ctx: Context, first: int) -> Callable:
     return x, None if states is None else after, total
 
   return apply
+
+
+def apart(params: dict) -> dict:
+  """A tree like `params` (of a whole model, or states) whose layers are tuples of one tree per repeat.
+
+  Copies the layers leaf by leaf: what is not used any more elsewhere can be freed in between.
+  """
+  return {key: _apart(key, value) for key, value in params.items()}
+
+
+def is_apart(params: dict) -> bool:
+  """Whether the layers of a stack's parameters are."""
+  return isinstance(params['layers'], tuple)
+
+
+def _apart(key: str, value: Any) -> Any:
+  if isinstance(value, dict) and not key.startswith('layers'):
+    return apart(value)
+  if not isinstance(value, dict):
+    return value
+  leaves, treedef = jax.tree.flatten(value)
+  cut = [[leaf[i : i + 1] for i in range(leaf.shape[0])] for leaf in leaves]
+  return tuple(treedef.unflatten(one) for one in zip(*cut, strict=True))
+
+
+def _each(apply: Callable, params: tuple, x: jax.Array, states: tuple | None) -> tuple:
+  """What a runner does, for repeats that lie apart."""
+  first = lambda tree: jax.tree.map(lambda leaf: jnp.squeeze(leaf, 0), tree)
+  after, total = [], {}
+  for i, one in enumerate(params):
+    x, state, aux = apply(first(one), x, None if states is None else first(states[i]), i)
+    after.append(jax.tree.map(lambda leaf: leaf[None], state))
+    total = add(total, aux)
+  return x, None if states is None else tuple(after), total
 
 
 def add(a: dict[str, jax.Array], b: dict[str, jax.Array]) -> dict[str, jax.Array]:

@@ -1,0 +1,244 @@
+"""What the engine runs on the device: a few functions of fixed shapes, compiled before the first request.
+
+`read` takes a chunk of one prompt, `step` one token of up to as many rows as the largest bucket, `choose` draws tokens.
+Rows that nobody uses have no pages, and what is computed for them is not looked at.
+
+**Bits.** What is computed for a row must not depend on the other rows. Attention walks over pages (model/paged.py),
+everything else works row by row but for matrix products, whose order of summation XLA chooses by the number of rows: on
+CPUs the same for 8 to 32, others below and above. So no call has more than `CHUNK` = 32 rows or tokens nor fewer than
+8. tests/serve/test_engine.py holds this.
+"""
+
+import functools
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from llm_jax.core import mesh, tree
+from llm_jax.core.errors import UserError
+from llm_jax.decode import logits as logits_lib
+from llm_jax.model import paged
+from llm_jax.serve.requests import MOST_TOP
+
+CHUNK = 32
+BUCKETS = (8, 32)
+SETTINGS = tuple(name for name in logits_lib.Sampling._fields if name != 'no_repeat_ngram')
+
+
+class Sizes(NamedTuple):
+  """rows: sequences at once. length: of the longest. page: slots of a page; pages: how many there are. dtype: of the
+  pool, None for the model's, 'int8' for one byte a number."""
+
+  rows: int
+  length: int
+  page: int
+  pages: int
+  dtype: str | None = None
+
+  @property
+  def table(self) -> int:
+    """Pages of the longest sequence."""
+    return -(-self.length // self.page)
+
+
+class Told(NamedTuple):
+  """What `choose` is told of each row, numpy arrays [rows]: see `Sampling` for `settings` [fields, rows].
+
+  seen: `logits.Seen` with tokens [rows, length]. bias: f32, allowed: bool, [rows, vocab] or None. top: whether somebody
+  wants to see the likeliest tokens.
+  """
+
+  settings: np.ndarray
+  seeds: np.ndarray
+  made: np.ndarray
+  seen: logits_lib.Seen
+  bias: np.ndarray | None
+  allowed: np.ndarray | None
+  top: bool
+
+
+class Chosen(NamedTuple):
+  """token int32, logp f32 [rows]; top_ids, top_logp [rows, MOST_TOP]."""
+
+  token: np.ndarray
+  logp: np.ndarray
+  top_ids: np.ndarray
+  top_logp: np.ndarray
+
+
+class Device:
+  """The model, its parameters and the memory of all sequences. Used by one thread."""
+
+  def __init__(self, model: Any, params: Any, sizes: Sizes):
+    if model.card.kind != 'causal':
+      raise UserError(
+        f'the engine serves causal decoders, this model is of kind {model.card.kind!r}: use llm-jax generate'
+      )
+    self.sizes, self._model, self._params = sizes, model, params
+    self._head = model.head(params)
+    self._f = _Functions(model.hidden, model.logits, mesh.context())
+    one = dict(inputs=jnp.zeros((1, 1), jnp.int32))
+    fresh = model.states(params, one, sizes.length)
+    self._fresh = {p: x for p, x in tree.flatten(fresh).items() if not _is_paged(p)}
+    self._states = tree.map_paths(self._memory, fresh)
+    self._open = functools.cache(self._neutral)
+    self.recurrent = bool(self._fresh)  # a state that cannot be shared nor cut at a chunk
+
+  def warm_up(self) -> None:
+    """Compiles everything there is to compile."""
+    nobody = np.full((1, self.sizes.table), -1, np.int32)
+    x = self.read(np.zeros(CHUNK, np.int32), 0, 0, nobody[0], 0)
+    self.prompt_logp(x, np.zeros(CHUNK, np.int32))
+    for rows in BUCKETS:
+      none = np.zeros(rows, np.int32)
+      pages = np.repeat(nobody, rows, axis=0)
+      x = self.step(none, none, pages, none + self.sizes.rows)
+      tokens = np.full((rows, self.sizes.length), -1, np.int32)
+      settings = np.tile(np.array(list(_neutral().values()), np.float32)[:, None], (1, rows))
+      seen = logits_lib.Seen(tokens, none, none)
+      self.choose(x, Told(settings, none.astype(np.uint32), none, seen, None, None, False))
+    self.copy(0, 0)
+    if self.recurrent:
+      self.reset(0)
+
+  @property
+  def compilations(self) -> int:
+    """Programs compiled so far, by all engines of the process."""
+    return sum(f._cache_size() for f in (_forward, _choose, _score, _copy, _reset))
+
+  def read(
+    self, tokens: np.ndarray, count: int, first: int, pages: np.ndarray, row: int
+  ) -> jax.Array:
+    """The chunk's outputs, f32 [CHUNK, embed]. tokens: int32 [CHUNK], `count` of them real, at positions from `first`
+    on."""
+    at = first + np.arange(CHUNK, dtype=np.int32)
+    real = (np.arange(CHUNK) < count).astype(np.int32)
+    return self._run(tokens[None], at[None], real[None], pages[None], np.array([row]))[0]
+
+  def step(
+    self, tokens: np.ndarray, positions: np.ndarray, pages: np.ndarray, rows: np.ndarray
+  ) -> jax.Array:
+    """The outputs, f32 [rows, embed], of one token of each row. pages: [rows, table], -1 for none; rows: where their
+    other states are, beyond the last for nobody's."""
+    real = (rows < self.sizes.rows).astype(np.int32)
+    return self._run(tokens[:, None], positions[:, None], real[:, None], pages, rows)[:, 0]
+
+  def choose(self, x: jax.Array, told: Told) -> Chosen:
+    """The next token of each row of `x` [rows, embed]."""
+    rows = x.shape[0]
+    bias = self._open('bias', rows) if told.bias is None else jnp.asarray(told.bias)
+    allowed = told.allowed
+    allowed = self._open('allowed', rows) if allowed is None else jnp.asarray(allowed)
+    limits = bias, allowed, np.bool_(told.top)
+    found = _choose(self._f, self._head, jnp.asarray(x), *told[:4], *limits)
+    return Chosen(*jax.device_get(found))
+
+  def prompt_logp(self, x: jax.Array, following: np.ndarray) -> np.ndarray:
+    """f32 [CHUNK]: log-probability of the id that follows each token of a chunk."""
+    return np.asarray(_score(self._f, self._head, x, following))
+
+  def copy(self, source: int, target: int) -> None:
+    """Copies a page."""
+    self._states = _copy(self._states, np.int32(source), np.int32(target))
+
+  def reset(self, row: int) -> None:
+    """Makes the row's states those of an empty context."""
+    self._states = _reset(self._states, self._fresh, np.int32(row))
+
+  def _run(self, *told: np.ndarray) -> jax.Array:
+    x, self._states = _forward(self._f, self._params, self._states, *told)
+    return x
+
+  def _memory(self, path: str, x: jax.Array) -> Any:
+    """The leaf of a row's state [1, 1, ...], as it is for all: a pool, or one for every row."""
+    if not _is_paged(path):
+      return jnp.repeat(x, self.sizes.rows, axis=1)
+    groups, head_dim = x.shape[3:]
+    dtype = self.sizes.dtype or x.dtype
+    pool = paged.pool(groups, self.sizes.pages, self.sizes.page, head_dim, dtype)
+    return jax.tree.map(lambda x: x[None], pool)
+
+  def _neutral(self, name: str, rows: int) -> jax.Array:
+    """A bias or a mask that changes nothing, but for the rows that round up the vocabulary."""
+    shape = rows, self._model.card.rows
+    if name == 'bias':
+      return jnp.zeros(shape, jnp.float32)
+    return jnp.broadcast_to(jnp.arange(shape[1]) < self._model.card.vocab, shape)
+
+
+class _Functions(NamedTuple):
+  hidden: Any
+  logits: Any
+  rules: Any
+
+
+def _neutral() -> dict[str, float]:
+  return {name: getattr(logits_lib.Sampling(), name) for name in SETTINGS}
+
+
+def _is_paged(path: str) -> bool:
+  return '/mixer/k' in path or '/mixer/v' in path
+
+
+@functools.partial(jax.jit, static_argnums=0, donate_argnums=2)
+def _forward(
+  f: _Functions,
+  params: Any,
+  states: Any,
+  tokens: jax.Array,
+  positions: jax.Array,
+  real: jax.Array,
+  pages: jax.Array,
+  rows: jax.Array,
+) -> tuple[jax.Array, Any]:
+  """(outputs [rows, t, embed], states). All arrays [rows, t], but pages [rows, n] and rows [rows]."""
+
+  def own(path: str, x: jax.Array) -> jax.Array:
+    return x if _is_paged(path) else x.at[:, rows].get(mode='clip')
+
+  def put(path: str, old: jax.Array, new: jax.Array) -> jax.Array:
+    return new if _is_paged(path) else old.at[:, rows].set(new, mode='drop')
+
+  batch = dict(inputs=tokens, positions=positions, segments=real, pages=pages)
+  hidden = f.hidden(params, batch, states=tree.map_paths(own, states))
+  return hidden.x.astype(jnp.float32), tree.map_paths(put, states, hidden.states)
+
+
+@functools.partial(jax.jit, static_argnums=0)
+def _choose(
+  f: _Functions, head: Any, x: jax.Array, settings, seeds, made, seen, bias, allowed, top
+):
+  logits = f.logits(head, x[:, None])[:, 0].astype(jnp.float32)
+  sampling = logits_lib.Sampling(**dict(zip(SETTINGS, settings, strict=True)))
+  key = lambda seed, n: jax.random.fold_in(jax.random.fold_in(jax.random.key(seed), 0), n)
+  found = logits_lib.process(logits, sampling, seen, bias=bias, allowed=allowed)
+  token = logits_lib.draw(found, jax.vmap(key)(seeds, made), sampling.temperature)
+  logp = jax.nn.log_softmax(logits)
+  own = jnp.take_along_axis(logp, token[:, None], axis=1)[:, 0]
+  best = lambda x: tuple(jax.lax.top_k(x, min(MOST_TOP, x.shape[1])))
+  none = jax.tree.map(lambda s: jnp.zeros(s.shape, s.dtype), jax.eval_shape(best, logp))
+  likeliest, ids = jax.lax.cond(top, best, lambda _: none, logp)
+  return token, own, ids, likeliest
+
+
+@functools.partial(jax.jit, static_argnums=0)
+def _score(f: _Functions, head: Any, x: jax.Array, following: jax.Array) -> jax.Array:
+  logp = jax.nn.log_softmax(f.logits(head, x[:, None])[:, 0].astype(jnp.float32))
+  return jnp.take_along_axis(logp, following[:, None], axis=1)[:, 0]
+
+
+@functools.partial(jax.jit, donate_argnums=0)
+def _copy(states: Any, source: jax.Array, target: jax.Array) -> Any:
+  """The states with one page copied; leaves [1, groups, pages, size, ...]."""
+  one = lambda x: x.at[:, :, target].set(x[:, :, source])
+  return tree.map_paths(lambda path, x: one(x) if _is_paged(path) else x, states)
+
+
+@functools.partial(jax.jit, donate_argnums=0)
+def _reset(states: Any, fresh: dict[str, jax.Array], row: jax.Array) -> Any:
+  """The states with those of a row as they are in `fresh`."""
+  return tree.map_paths(
+    lambda path, x: x.at[:, row].set(fresh[path][:, 0]) if path in fresh else x, states
+  )
