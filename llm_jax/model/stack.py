@@ -133,12 +133,12 @@ def _repeat(blocks: tuple[Block, ...], ctx: Context, first: int) -> Callable:
   return apply
 
 
-def apart(params: dict) -> dict:
+def apart(params: dict, free: bool = False) -> dict:
   """A tree like `params` (of a whole model, or states) whose layers are tuples of one tree per repeat.
 
-  Copies the layers leaf by leaf: what is not used any more elsewhere can be freed in between.
+  Copies the layers leaf by leaf. free: deletes each stacked leaf after that; nobody may use it any more.
   """
-  return {key: _apart(key, value) for key, value in params.items()}
+  return {key: _apart(key, value, free) for key, value in params.items()}
 
 
 def is_apart(params: dict) -> bool:
@@ -146,14 +146,25 @@ def is_apart(params: dict) -> bool:
   return isinstance(params['layers'], tuple)
 
 
-def _apart(key: str, value: Any) -> Any:
+def _apart(key: str, value: Any, free: bool) -> Any:
   if isinstance(value, dict) and not key.startswith('layers'):
-    return apart(value)
+    return apart(value, free)
   if not isinstance(value, dict):
     return value
   leaves, treedef = jax.tree.flatten(value)
-  cut = [[leaf[i : i + 1] for i in range(leaf.shape[0])] for leaf in leaves]
+  cut = []
+  for leaf in leaves:
+    cut.append([_repeat_of(leaf, i) for i in range(leaf.shape[0])])
+    if free:
+      jax.block_until_ready(cut[-1])
+      leaf.delete()
   return tuple(treedef.unflatten(one) for one in zip(*cut, strict=True))
+
+
+@jax.jit
+def _repeat_of(leaf: jax.Array, i: int) -> jax.Array:
+  """[1, ...] of [repeats, ...]. Compiled once for all i."""
+  return jax.lax.dynamic_slice_in_dim(leaf, i, 1)
 
 
 def _each(apply: Callable, params: tuple, x: jax.Array, states: tuple | None) -> tuple:
