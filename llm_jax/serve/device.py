@@ -126,13 +126,13 @@ class Device:
     return self._run(tokens[:, None], positions[:, None], real[:, None], pages, rows)[:, 0]
 
   def choose(self, x: jax.Array, told: Told) -> Chosen:
-    """The next token of each row of `x` [rows, embed]."""
+    """The next token of each row of `x` [rows, embed], which passes through the host: one signature for all callers."""
     rows = x.shape[0]
     bias = self._open('bias', rows) if told.bias is None else jnp.asarray(told.bias)
     allowed = told.allowed
     allowed = self._open('allowed', rows) if allowed is None else jnp.asarray(allowed)
     limits = bias, allowed, np.bool_(told.top)
-    found = _choose(self._f, self._head, jnp.asarray(x), *told[:4], *limits)
+    found = _choose(self._f, self._head, np.asarray(x), *told[:4], *limits)
     return Chosen(*jax.device_get(found))
 
   def prompt_logp(self, x: jax.Array, following: np.ndarray) -> np.ndarray:
@@ -172,6 +172,19 @@ class _Functions(NamedTuple):
   hidden: Any
   logits: Any
   rules: Any
+
+
+def slot_bytes(model: Any, params: Any, dtype: str | None) -> int:
+  """Bytes of a slot in the pools of all layers."""
+  one = dict(inputs=jnp.zeros((1, 1), jnp.int32))
+  states = jax.eval_shape(lambda params: model.states(params, one, 1), params)
+
+  def count(x: jax.Array) -> int:
+    groups, head_dim = x.shape[3:]
+    pool = jax.eval_shape(lambda: paged.pool(groups, 1, 1, head_dim, dtype or x.dtype))
+    return x.shape[0] * tree.nbytes(pool)
+
+  return sum(count(x) for path, x in tree.flatten(states).items() if _is_paged(path))
 
 
 def _neutral() -> dict[str, float]:

@@ -22,7 +22,8 @@ import numpy as np
 
 from llm_jax.core.errors import UserError
 from llm_jax.decode import logits as logits_lib
-from llm_jax.serve.device import BUCKETS, CHUNK, SETTINGS, Device, Sizes, Told
+from llm_jax.model import stack
+from llm_jax.serve.device import BUCKETS, CHUNK, SETTINGS, Device, Sizes, Told, slot_bytes
 from llm_jax.serve.pages import Pages
 from llm_jax.serve.requests import Full, Request, Token
 from llm_jax.serve.sequence import Sequence
@@ -31,10 +32,12 @@ from llm_jax.serve.sequence import Sequence
 class Engine:
   """Answers requests. Owns a thread and the device's memory: `close` it, or use it in a `with`.
 
+  params: best with their layers apart already (`stack.apart`); else they are copied so.
+
   rows: answered at once. length: the longest prompt and answer, None: the model's context. pages: of `page` slots each,
-  None: enough for every row at full length, at most 4096 slots a row. kv: 'int8' keeps keys and values in a byte a
-  number. queue: requests that may wait. chunks: of prompts between two tokens. prefix_cache: keeps what prompts begin
-  with.
+  None: enough for every row at full length, but no more than fit into `memory` GiB (a single row always fits). kv:
+  'int8' keeps keys and values in a byte a number. queue: requests that may wait. chunks: of prompts between two
+  tokens. prefix_cache: keeps what prompts begin with.
   """
 
   def __init__(
@@ -44,13 +47,15 @@ class Engine:
     *,
     rows: int = 32,
     length: int | None = None,
-    page: int = 16,
+    page: int = 8,
     pages: int | None = None,
+    memory: float = 1.0,
     kv: str | None = None,
     queue: int = 256,
     chunks: int = 2,
     prefix_cache: bool = True,
   ):
+    params = stack.apart(params)
     length = min(x for x in (length, model.card.length, 1 << 20) if x is not None)
     if min(rows, length, page, queue, chunks) < 1 or CHUNK % page:
       raise UserError(
@@ -58,7 +63,9 @@ class Engine:
       )
     if kv not in (None, 'int8'):
       raise UserError(f"kv={kv!r}: choose None (the model's type) or 'int8'")
-    pages = rows * -(-min(length, 4096) // page) if pages is None else pages
+    if pages is None:
+      row, room = -(-length // page), memory * 2**30 / max(slot_bytes(model, params, kv), 1)
+      pages = max(row, min(rows * row, int(room) // page))
     self.length = min(length, pages * page)
     self._device = Device(model, params, Sizes(rows, self.length, page, pages, kv))
     self._vocab, self._table_rows = model.card.vocab, model.card.rows

@@ -14,6 +14,7 @@ from llm_jax.decode.generate import generate
 from llm_jax.decode.logits import Sampling
 from llm_jax.model import attention, block, ffn, moe, positions, stack, transformer
 from llm_jax.model.recurrent import mamba
+from llm_jax.serve.device import slot_bytes
 from llm_jax.serve.engine import Engine
 from llm_jax.serve.requests import Full, Request
 
@@ -279,6 +280,14 @@ def test_closing_lets_those_there_finish():
 def test_what_can_never_be_answered(engine, request_, word):
   with pytest.raises(UserError, match=word):
     engine.submit(request_, print)
+
+
+def test_the_pool_fits_into_its_memory_but_holds_a_row_at_least():
+  slot = 2 * 2 * 2 * (EMBED // 4) * 4  # layers, keys and values, groups, head_dim, bytes
+  assert slot_bytes(*make(), None) == slot and slot_bytes(*make(), 'int8') == slot // 4 * 1.25
+  for memory, pages in ((1.0, 3 * LENGTH // 8), (40 * 8 * slot / 2**30, 40), (1e-9, LENGTH // 8)):
+    with Engine(*make(), rows=3, memory=memory) as engine:
+      assert engine.stats()['blocks_total'] == pages and engine.length == LENGTH
 
 
 def test_models_it_does_not_serve():
