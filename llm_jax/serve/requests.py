@@ -1,6 +1,6 @@
 """What the server asks of the engine and what the engine says back; neither of the two needs to know the other."""
 
-from typing import Any, NamedTuple, Protocol
+from typing import NamedTuple, Protocol
 
 import numpy as np
 
