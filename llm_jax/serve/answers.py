@@ -18,6 +18,12 @@ from llm_jax.serve.requests import Full, Request, Ticket, Token
 LEAST = -9999.0  # JSON has no infinity; OpenAI's API writes this
 
 
+def full(error: Full) -> Refused:
+  """What a client is told of a full queue."""
+  words = 'the server has as many requests as it can queue: try again later'
+  return Refused(429, words, code='queue_full', retry_after=error.retry_after)
+
+
 class Told(NamedTuple):
   """One token of the text. logp, top: see `requests.Token`; at: where in the answer its text begins, in characters."""
 
@@ -36,8 +42,8 @@ class Piece(NamedTuple):
 
 
 class Reader:
-  """Puts the tokens of one answer together, stop strings included. made: how many came, the last one counted; total: the
-  sum of their log-probabilities; stopped: whether a stop string ended the answer."""
+  """Puts the tokens of one answer together, stop strings included. made: how many came, the last one counted; total:
+  the sum of their log-probabilities; stopped: whether a stop string ended the answer."""
 
   def __init__(self, vocab: Any, request: Request, before: Sequence[int], stop: Sequence[str]):
     self._writer, self._ends = Writer(vocab, before, stop), set(request.ends)
@@ -67,7 +73,7 @@ class Reader:
 
 
 class Answers:
-  """All answers to one HTTP request. timeout: seconds for all of them. Raises what `engine.submit` does, `Full` as 429."""
+  """All answers to one HTTP request. timeout: seconds for them. Raises what `engine.submit` does, `Full` as 429."""
 
   def __init__(
     self, engine: Any, requests: Sequence[Request], readers: Sequence[Reader], timeout: float
@@ -83,8 +89,7 @@ class Answers:
         self.tickets.append(ticket)
     except Full as e:
       self.cancel()
-      words = 'the server has as many requests as it can queue: try again later'
-      raise Refused(429, words, code='queue_full', retry_after=e.retry_after) from e
+      raise full(e) from e
     except Exception:
       self.cancel()
       raise

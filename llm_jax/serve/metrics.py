@@ -10,8 +10,8 @@ _SECONDS = (0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1, 2.5, 5, 10, 30, 60, 120
 
 
 class _Engine:
-  """Reads the engine when it is asked for. What ends in `_total` only grows, all but the number of blocks that there are;
-  the rest goes up and down."""
+  """Reads the engine when it is asked for. What ends in `_total` only grows, but for the number of blocks that there
+  are; the rest goes up and down."""
 
   def __init__(self, engine: Any):
     self._engine = engine

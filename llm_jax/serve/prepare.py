@@ -106,7 +106,7 @@ def embedding(
   found = []
   for ids, _ in _inputs(body.input, vocab, limits, 'input'):
     ids = (*front, *ids) or (vocab.eos,)
-    if len(ids) > length:
+    if len(ids) >= length:
       raise _too_long(len(ids), length)
     found.append(ids)
   return found
@@ -153,20 +153,14 @@ def _too_long(prompt: int, length: int) -> api.Refused:
 
 
 def _room(prompt: int, most: int, given: bool, length: int, limits: api.Limits, field: str) -> int:
-  """The tokens that an answer may have. given: whether the client asked for `most` itself."""
+  """The tokens that an answer may have. given: whether the client asked for `most` itself.
+
+  An answer that the context has no room for ends with finish_reason 'length', as OpenAI's do."""
   if prompt + 1 > length:
     raise _too_long(prompt, length)
   cap = limits.max_tokens or length
   if given and most > cap:
     raise api.Refused(400, f'{field} is at most {cap} here, got {most}', param=field)
-  if given and prompt + most > length:
-    words = f'{prompt} tokens of prompt and {most} of answer are more than the context of {length}'
-    raise api.Refused(
-      400,
-      f'{words}: shorten the prompt or lower {field}',
-      param=field,
-      code='context_length_exceeded',
-    )
   return min(most, cap, length - prompt)
 
 

@@ -23,11 +23,14 @@ from fastapi.responses import Response
 
 from llm_jax.core.errors import UserError, nearest
 from llm_jax.serve import api, prepare, shapes
+from llm_jax.serve.answers import full
 from llm_jax.serve.api import Limits, Refused
 from llm_jax.serve.gate import GONE, Gate, loopback
 from llm_jax.serve.metrics import Metrics
 from llm_jax.serve.replies import ChatReply, CompletionReply, Reply
+from llm_jax.serve.requests import Full
 
+DEFAULTS = Limits()
 PAGE = pathlib.Path(__file__).with_name('page.html')
 # The page asks this server and nobody else; what a model writes is text there, never a program.
 POLICY = "default-src 'none'; script-src 'unsafe-inline'; style-src 'unsafe-inline'; connect-src 'self'; img-src data:"
@@ -61,7 +64,10 @@ class Service:
     told = body, self.vocab, self.engine.length, self.limits
     job = await asyncio.to_thread(ready, *told)
     shared = dict(engine=self.engine, vocab=self.vocab, names=self.names, model=self.name)
-    reply = kind(job, body, timeout=self.limits.timeout, **shared)
+    try:
+      reply = kind(job, body, timeout=self.limits.timeout, **shared)
+    except UserError as e:
+      raise (self.broken() or e) from e
     self.replies.add(reply)
     if body.stream:
       return Events(reply, self)
@@ -83,6 +89,8 @@ class Service:
       work = asyncio.to_thread(self.engine.embed, prompts)
       async with asyncio.timeout(self.limits.timeout):
         vectors = await _while_there(request, work)
+    except Full as e:
+      raise full(e) from e
     except TimeoutError as e:
       raise Refused(504, f'not done after {self.limits.timeout:g} s', code='timeout') from e
     finally:
@@ -92,6 +100,12 @@ class Service:
       raise Refused(400, words, param='dimensions')
     form = body.encoding_format or 'float'
     return _json(shapes.embeddings(vectors, form, self.name, sum(map(len, prompts))))
+
+  def broken(self) -> Refused | None:
+    """The error for all requests where the engine has given up."""
+    if not self.engine.stats().get('failed'):
+      return None
+    return Refused(503, 'the engine has failed: the server has to be started again', code='failed')
 
   def cut(self) -> None:
     """Ends what is still being answered; its clients are told."""
@@ -163,7 +177,7 @@ def _json(what: Any, status: int = 200, headers: dict[str, str] | None = None) -
 
 
 def app(
-  engine: Any, vocab: Any, name: str, *, api_key: str | None = None, limits: Limits = Limits()
+  engine: Any, vocab: Any, name: str, *, api_key: str | None = None, limits: Limits = DEFAULTS
 ) -> fastapi.FastAPI:
   """The application. engine: see serve/engine.py; name: of the model, for clients; api_key: None serves this machine
   alone. Its `state.service` is the `Service`."""
@@ -230,6 +244,8 @@ def _about(made: fastapi.FastAPI, service: Service) -> None:
   @made.get('/health')
   async def health() -> Response:
     """The process lives."""
+    if error := service.broken():
+      raise error
     return _json(dict(status='ok'))
 
   @made.get('/ready')
@@ -237,6 +253,8 @@ def _about(made: fastapi.FastAPI, service: Service) -> None:
     """It takes requests."""
     if service.draining:
       raise Refused(503, 'the server is shutting down', code='draining', retry_after=5)
+    if error := service.broken():
+      raise error
     return _json(dict(status='ready'))
 
   @made.get('/metrics')
