@@ -84,6 +84,8 @@ class _Strict(BaseModel):
   @classmethod
   def _is_text(cls, given: Any) -> Any:
     """JSON can spell half of a surrogate pair, which no tokenizer reads and no response can hold."""
+    if not isinstance(given, dict):
+      return given
     try:
       json.dumps(given, ensure_ascii=False).encode()
     except UnicodeEncodeError as e:

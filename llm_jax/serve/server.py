@@ -357,11 +357,12 @@ def listen(host: str, port: int, api_key: str | None) -> socket.socket:
 
 
 def run(made: fastapi.FastAPI, sock: socket.socket, *, drain: float = 30.0) -> None:
-  """Serves until SIGTERM or Ctrl-C; then answers under way get `drain` seconds. Closes the engine."""
+  """Serves until SIGTERM or Ctrl-C (or `made.state.server.handle_exit`); then answers under way get `drain` seconds.
+  Closes the engine."""
   service: Service = made.state.service
   settings = dict(log_level='warning', access_log=False, server_header=False, ws='none')
   settings |= dict(timeout_keep_alive=30, timeout_graceful_shutdown=int(drain) + 5)
-  server = _Server(uvicorn.Config(made, **settings), service, drain)
+  made.state.server = server = _Server(uvicorn.Config(made, **settings), service, drain)
   try:
     server.run(sockets=[sock])
   finally:
