@@ -325,8 +325,8 @@ def _explained(error: RequestValidationError) -> Refused:
 class _Server(uvicorn.Server):
   """Ends with exit code 0 when it was asked to end: no new requests, those that run get `drain` seconds."""
 
-  def __init__(self, config: uvicorn.Config, service: Service, drain: float):
-    super().__init__(config)
+  def __init__(self, settings: uvicorn.Config, service: Service, drain: float):
+    super().__init__(settings)
     self._service, self._drain = service, drain
 
   async def startup(self, sockets: list[socket.socket] | None = None) -> None:

@@ -283,7 +283,7 @@ def test_sigterm_lets_answers_finish_and_exits_with_0():
   assert ''.join(json.loads(x)['choices'][0]['text'] for x in got) == expected['choices'][0]['text']
   with pytest.raises(httpx.ConnectError):
     httpx.get(url + '/health')
-  out, err = server.communicate(timeout=60)
+  _, err = server.communicate(timeout=60)
   assert server.returncode == 0 and 'Traceback' not in err
 
 
@@ -293,7 +293,7 @@ def test_answers_that_do_not_finish_in_time_are_cut_and_told():
   next(lines)
   server.send_signal(signal.SIGTERM)
   assert 'shutting down' in list(lines)[-1]
-  out, err = server.communicate(timeout=60)
+  _, err = server.communicate(timeout=60)
   assert server.returncode == 0 and 'Traceback' not in err
 
 

@@ -4,6 +4,7 @@ import itertools
 import json
 import types
 
+import jsonschema_rs
 import numpy as np
 import openai
 import pytest
@@ -27,6 +28,12 @@ TIME = dict(
 TOOLS = [dict(type='function', function=f) for f in (WEATHER, TIME)]
 CALL = '<tool_call>\n{"name": "weather", "arguments": {"town": "Zürich"}}\n</tool_call>'
 NATIVE = '{% for t in tools or [] %}{{ t | tojson }}\n{% endfor %}{% for m in messages %}{{ m | tojson }}\n{% endfor %}'
+
+
+@pytest.fixture(scope='module')
+def served():
+  with serving(length=2048) as found:
+    yield found
 
 
 def read(pieces):
@@ -209,9 +216,8 @@ def test_a_response_format_is_a_constraint(served, constrained):
 
 
 def test_the_schema_of_a_call_takes_the_calls_and_nothing_else():
-  jsonschema = pytest.importorskip('jsonschema_rs')
   made = tools.schema([api.Signature(**WEATHER), api.Signature(**TIME)])
-  valid = jsonschema.validator_for(made).is_valid
+  valid = jsonschema_rs.validator_for(made).is_valid
   assert valid(dict(name='weather', arguments=dict(town='a'))) and valid(
     dict(name='time', arguments=dict(hour=1))
   )
