@@ -188,7 +188,7 @@ def _constraint(
 
   def make() -> Any:
     try:
-      return constrain.json_schema(vocab, wanted)
+      return constrain.json_schema(vocab, wanted, end=vocab.turn)
     except UserError as e:
       raise api.Refused(400, str(e), param='tools' if forced else 'response_format') from e
 

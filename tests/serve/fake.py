@@ -103,7 +103,7 @@ class Engine:
   def answer(self, request):
     """The ids of the answer, one after another."""
     asked = self.words.decode(request.prompt)
-    said = re.search(r'say:(.*?)(?:<\|im_end\|>.*)?$', asked, re.S)
+    said = re.search(r'.*say:(.*?)(?:<\|im_end\|>.*)?$', asked, re.S)
     if said and request.constraint is None:
       yield from self.words.encode(said[1])
       yield request.ends[0] if request.ends else 1

@@ -159,7 +159,8 @@ def instance(schema):
 class Literal:
   """A constraint that leaves one text."""
 
-  def __init__(self, words, schema):
+  def __init__(self, words, schema, *, end):
+    assert end == words.turn
     if schema.get('type') == 'nonsense':
       raise UserError('no such type')
     self.left, self.size = words.encode(json.dumps(instance(schema))), words.size
