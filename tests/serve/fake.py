@@ -167,10 +167,12 @@ def main():
   parser.add_argument('--drain', type=float, default=10.0)
   parser.add_argument('--rows', type=int, default=64)
   parser.add_argument('--queue', type=int, default=256)
+  parser.add_argument('--length', type=int, default=512)
   given = parser.parse_args()
   from llm_jax.serve import server
 
-  engine = Engine(words(), delay=given.delay, rows=given.rows, queue=given.queue)
+  sizes = dict(rows=given.rows, queue=given.queue, length=given.length)
+  engine = Engine(words(), delay=given.delay, **sizes)
   sock = server.listen('127.0.0.1', given.port, None)
   print(f'serving at http://127.0.0.1:{sock.getsockname()[1]}', flush=True)
   server.run(server.app(engine, engine.words, 'fake'), sock, drain=given.drain)

@@ -16,6 +16,7 @@ FLAGS = (
   '--disable-component-update --disable-sync'
 ).split()
 LINE = 'To be, or not to be — that is the question. '
+SPEECH = (LINE * 4).strip()
 
 
 @pytest.fixture(scope='module')
@@ -76,13 +77,13 @@ def test_type_stream_and_go_on(visit, slow):
   page = visit()
   expect(page).to_have_title('fake')
   expect(page.get_by_role('button', name='Send')).to_be_disabled()
-  ask(page, 'say:' + LINE * 4)
+  ask(page, 'say:' + SPEECH)
   text = answers(page).locator('.text')
   expect(text).to_contain_text('To be')
-  assert len(text.inner_text()) < 4 * len(LINE)  # there is more to come
+  assert len(text.inner_text()) < len(SPEECH)  # there is more to come
   finished(page)
-  expect(text).to_have_text(LINE * 4)
-  expect(page.locator('.you .text')).to_have_text('say:' + LINE * 4)
+  expect(text).to_have_text(SPEECH)
+  expect(page.locator('.you .text')).to_have_text('say:' + SPEECH)
   expect(page.locator('.facts')).to_contain_text('finished')
   expect(page.locator('#said')).to_contain_text('finished: To be')  # for screen readers, once
   expect(page.get_by_label('Your message')).to_be_focused()
@@ -94,7 +95,7 @@ def test_type_stream_and_go_on(visit, slow):
   expect(text.nth(1)).to_have_text('<b>two</b>')  # text, not a part of the page
   prompt = slow.engine.words.decode(slow.engine.requests[-1].prompt)
   assert (
-    f'assistant\n{LINE * 4}<|im_end|>' in prompt and 'user\none\nsay:<b>two</b><|im_end|>' in prompt
+    f'assistant\n{SPEECH}<|im_end|>' in prompt and 'user\none\nsay:<b>two</b><|im_end|>' in prompt
   )
 
 
