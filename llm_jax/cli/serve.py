@@ -10,6 +10,7 @@ at `/`; `/health`, `/ready` and `/metrics` are for whoever looks after it. Only 
 
 import os
 import sys
+from typing import Any
 
 from absl import flags
 
@@ -30,25 +31,36 @@ def main(argv: list[str]) -> int:
   key = given.api_key or os.environ.get('LLM_JAX_API_KEY') or None
   from llm_jax.serve import server
 
-  with server.listen(given.host, given.port, key) as sock:  # before the weights are read
-    model, params, words = load(given.workdir, given.step)
-    if model.card.kind != 'causal':
-      raise UserError(
-        f'serve answers with causal models, this one is {model.card.kind}: use llm-jax generate'
-      )
-    from llm_jax.serve import engine as engine_lib
-
-    print('llm-jax: compiling', file=sys.stderr, flush=True)
-    sizes = {name: given[name].value for name in ('rows', 'length', 'pages', 'kv', 'queue')}
-    engine = engine_lib.Engine(model, params, **sizes)
-    name = given.name or os.path.basename(os.path.abspath(os.path.expanduser(given.workdir)))
-    limits = Limits(max_tokens=given.max_tokens, body=given.max_body, timeout=given.timeout)
-    made = server.app(engine, words, name, api_key=key, limits=limits)
-    host, port = sock.getsockname()[:2]
-    where = f'http://{f"[{host}]" if ":" in host else host}:{port}'
-    print(f'llm-jax: {name} answers at {where} (API under /v1, Ctrl-C ends it)', flush=True)
-    server.run(made, sock, drain=given.drain)
+  try:
+    with server.listen(given.host, given.port, key) as sock:  # before the weights are read
+      made = _app(given, key)
+      host, port = sock.getsockname()[:2]
+      where = f'http://{f"[{host}]" if ":" in host else host}:{port}'
+      name = made.state.service.name
+      print(f'llm-jax: {name} answers at {where} (API under /v1, Ctrl-C ends it)', flush=True)
+      server.run(made, sock, drain=given.drain)
+  except KeyboardInterrupt:  # before it answers; afterwards it drains
+    return 130
   return 0
+
+
+def _app(given: flags.FlagValues, key: str | None) -> Any:
+  """The application over the model of the run."""
+  from llm_jax.serve import server
+
+  model, params, words = load(given.workdir, given.step)
+  if model.card.kind != 'causal':
+    raise UserError(
+      f'serve answers with causal models, this one is {model.card.kind}: use llm-jax generate'
+    )
+  from llm_jax.serve import engine as engine_lib
+
+  print('llm-jax: compiling', file=sys.stderr, flush=True)
+  sizes = {name: given[name].value for name in ('rows', 'length', 'pages', 'kv', 'queue')}
+  engine = engine_lib.Engine(model, params, **sizes)
+  name = given.name or os.path.basename(os.path.abspath(os.path.expanduser(given.workdir)))
+  limits = Limits(max_tokens=given.max_tokens, body=given.max_body, timeout=given.timeout)
+  return server.app(engine, words, name, api_key=key, limits=limits)
 
 
 def _flags() -> flags.FlagValues:

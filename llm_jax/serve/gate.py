@@ -69,7 +69,8 @@ class Gate:
       except Refused as e:
         await refuse(e, sent)
       else:
-        await self._app(scope, received, sent)
+        if received is not None:
+          await self._app(scope, received, sent)
     except Exception:
       status = 500
       raise
@@ -96,8 +97,8 @@ class Gate:
     if self._draining() and scope['path'].startswith('/v1/'):
       raise Refused(503, 'the server is shutting down', code='draining', retry_after=5)
 
-  async def _body(self, scope: Any, receive: Any) -> Callable[[], Awaitable[Any]]:
-    """Reads the body, whole; the application gets it from what is returned."""
+  async def _body(self, scope: Any, receive: Any) -> Callable[[], Awaitable[Any]] | None:
+    """Reads the body, whole; the application gets it from what is returned. None where the client has gone."""
     most = self._limits.body
     length = dict(scope['headers']).get(b'content-length', b'0')
     known = int(length) if length.isdigit() else 0
@@ -107,8 +108,7 @@ class Gate:
         while True:
           message = await receive()
           if message['type'] != 'http.request':
-            parts = None  # the client has gone
-            break
+            return None
           size += len(message.get('body', b''))
           if size <= most:
             parts.append(message.get('body', b''))
@@ -116,20 +116,14 @@ class Gate:
             parts.clear()
           if not message.get('more_body', False):
             break
-          if size > 4 * most or (
-            known > 4 * most
-          ):  # what is a little too large is read and refused
+          if max(size, known) > 4 * most:  # what is a little too large is read to its end
             break
     except TimeoutError as e:
       raise Refused(408, f'the body did not arrive within {READ_SECONDS} s') from e
-    if parts is None:
-      first = dict(type='http.disconnect')
-    elif max(size, known) > most:
+    if max(size, known) > most:
       words = f'the body is larger than {most} bytes: shorten the prompt or send several requests'
       raise Refused(413, words, code='body_too_large')
-    else:
-      first = dict(type='http.request', body=b''.join(parts), more_body=False)
-    given = False
+    first, given = dict(type='http.request', body=b''.join(parts), more_body=False), False
 
     async def received() -> Any:
       nonlocal given

@@ -361,6 +361,7 @@ def run(made: fastapi.FastAPI, sock: socket.socket, *, drain: float = 30.0) -> N
   Closes the engine."""
   service: Service = made.state.service
   settings = dict(log_level='warning', access_log=False, server_header=False, ws='none')
+  settings['log_config'] = None  # uvicorn's own closes the handlers that others have set up
   settings |= dict(timeout_keep_alive=30, timeout_graceful_shutdown=int(drain) + 5)
   made.state.server = server = _Server(uvicorn.Config(made, **settings), service, drain)
   try:

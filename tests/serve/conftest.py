@@ -26,7 +26,8 @@ class Served:
     until(lambda: self.http.get('/health').is_success)
 
   def stop(self):
-    self.made.state.server.handle_exit(15, None)
+    if self.thread.is_alive():
+      self.made.state.server.handle_exit(15, None)
     self.thread.join(60)
     assert not self.thread.is_alive()
 

@@ -5,6 +5,7 @@ import json
 import os
 import pathlib
 import signal
+import socket
 import subprocess
 import sys
 import threading
@@ -14,7 +15,7 @@ import openai
 import pytest
 
 from llm_jax.cli import main
-from llm_jax.serve import api
+from llm_jax.serve import api, gate
 from tests.serve.conftest import serving, until
 
 ROOT = pathlib.Path(__file__).parents[2]
@@ -152,6 +153,21 @@ def test_a_body_that_is_too_large():
     assert served.http.post(
       TEXT, content=fits, headers={'content-type': 'application/json'}
     ).is_success
+
+
+def test_a_body_that_does_not_arrive(monkeypatch, capfd):
+  monkeypatch.setattr(gate, 'READ_SECONDS', 0.2)
+  with serving() as served:
+    host, _, port = served.url.removeprefix('http://').partition(':')
+    head = f'POST {TEXT} HTTP/1.1\r\nhost: {host}\r\ncontent-type: application/json\r\ncontent-length: 99\r\n\r\n'
+    with socket.create_connection((host, int(port))) as waits:
+      waits.sendall(head.encode() + b'{')
+      assert waits.recv(99).startswith(b'HTTP/1.1 408')
+    with socket.create_connection((host, int(port))) as leaves:
+      leaves.sendall(head.encode() + b'{')
+    until(lambda: 'status="499"' in served.http.get('/metrics').text)
+    assert served.http.get('/ready').is_success
+  assert 'Traceback' not in capfd.readouterr().err
 
 
 # --- more than there is room for ----------------------------------------------------------------------
@@ -295,6 +311,17 @@ def test_answers_that_do_not_finish_in_time_are_cut_and_told():
   assert 'shutting down' in list(lines)[-1]
   _, err = server.communicate(timeout=60)
   assert server.returncode == 0 and 'Traceback' not in err
+
+
+def test_a_second_signal_does_not_wait():
+  with serving(delay=0.01, drain=60) as served:
+    stream = endless(served)
+    for _ in range(2):
+      served.made.state.server.handle_exit(signal.SIGINT, None)
+    with pytest.raises(openai.APIError, match='shutting down'):
+      list(stream)
+    served.thread.join(30)
+    assert not served.thread.is_alive()
 
 
 def test_while_draining_new_work_is_503(served, monkeypatch):
