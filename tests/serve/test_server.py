@@ -8,7 +8,7 @@ import pytest
 
 from llm_jax.decode.logits import Sampling
 from tests.serve import fake
-from tests.serve.conftest import serving
+from tests.serve.conftest import serving, until
 
 USER = [dict(role='user', content='say:To be, or not to be — that is the question.')]
 LINE = 'To be, or not to be — that is the question.'
@@ -280,6 +280,7 @@ def test_health_and_metrics(served):
   before = read()
   served.ai.completions.create(model='fake', prompt='say:abc')
   list(served.ai.completions.create(model='fake', prompt='say:abc', stream=True))
+  until(lambda: read()['llm_jax_open_requests'] == 1)  # that which asks
   after = read()
   gained = lambda name: after[name] - before.get(name, 0)
   assert gained('llm_jax_requests_total{route="/v1/completions",status="200"}') == 2
