@@ -50,6 +50,8 @@ setup(
       'fastapi>=0.115',
       'llguidance>=1.0',
       'prometheus-client>=0.21',
+      'pydantic>=2.10',
+      'starlette>=0.41',
       'uvicorn>=0.34',
     ],  # llm-jax serve; requirements.lock has them
     'parity': [

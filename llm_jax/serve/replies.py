@@ -14,7 +14,8 @@ from llm_jax.serve.prepare import Job, Prompt
 class Reply:
   """What both kinds share. Submits the job's requests at once: what refuses them is raised here.
 
-  choices: of each piece, `make(number of the answer, piece) -> list of choices` for the stream.
+  A kind says what its answers look like: `choices(whole answers)` and, for the stream, `pieces(number, piece)`, both
+  lists of dicts.
   """
 
   prefix, kind = '', ''
@@ -63,14 +64,6 @@ class Reply:
       yield shapes.event(e.body())
     finally:
       self.answers.cancel()
-
-  def choices(self, found: list[tuple[str, list[Told], str]]) -> list[dict[str, Any]]:
-    """What the whole answers become."""
-    raise TypeError('a subclass says so')
-
-  def pieces(self, i: int, piece: Piece) -> list[dict[str, Any]]:
-    """What a piece of answer `i` becomes."""
-    raise TypeError('a subclass says so')
 
 
 class CompletionReply(Reply):
