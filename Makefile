@@ -63,8 +63,8 @@ COMPILE := $(BIN)/uv pip compile --quiet --universal --python-version 3.11 --for
 	--custom-compile-command 'make lock' $(ARGS)
 
 lock: dev  ## resolve setup.py again; ARGS=--upgrade takes newer versions
-	@$(COMPILE) setup.py --output-file requirements.lock
-	@$(COMPILE) setup.py --extra dev --constraint requirements.lock --output-file requirements-dev.lock
+	@$(COMPILE) setup.py --extra serve --output-file requirements.lock
+	@$(COMPILE) setup.py --extra serve --extra dev --constraint requirements.lock --output-file requirements-dev.lock
 
 clean:  ## remove what the tools left behind; .venv and runs/ stay
 	@rm -rf build dist docs/html *.egg-info .pytest_cache .ruff_cache .import_linter_cache .hypothesis

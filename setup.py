@@ -17,7 +17,7 @@ setup(
   license='Apache-2.0',
   license_files=['LICENSE'],
   packages=find_packages(include=['llm_jax', 'llm_jax.*']),
-  package_data={'llm_jax': ['py.typed', 'data/bundled/*/*']},
+  package_data={'llm_jax': ['py.typed', 'data/bundled/*/*', 'serve/page.html']},
   python_requires='>=3.11,<3.14',  # below: jax; above: the wheels of tensorflow-text
   install_requires=[
     'absl-py>=2.1',
@@ -46,21 +46,33 @@ setup(
   extras_require={
     'cuda': ['jax[cuda13]'],
     'tpu': ['jax[tpu]'],
+    'serve': [
+      'fastapi>=0.115',
+      'llguidance>=1.0',
+      'prometheus-client>=0.21',
+      'pydantic>=2.10',
+      'starlette>=0.41',
+      'uvicorn>=0.34',
+    ],  # llm-jax serve; requirements.lock has them
     'parity': [
       'torch',
       'transformers',
     ],  # the peers that benchmarks and parity tests run beside ours
     'dev': [
+      'httpx',
       'hypothesis',
       'import-linter',
       'ipykernel',
       'nbclient',
       'nbformat',
+      'openai',  # its client asks our server
       'pdoc',
+      'playwright',  # drives the Chromium of the system on the chat page
       'pre-commit',
       'pytest',
       'pytest-xdist',
       'ruff',
+      'schemathesis',  # fuzzes the server from its OpenAPI document
       'uv',  # resolves the lock files for every platform at once: `make lock`
     ],
   },

@@ -9,6 +9,7 @@ from llm_jax.core.errors import UserError, nearest
 COMMANDS = dict(
   train='train or go on training: --config=FILE.py --workdir=DIR [--config.KEY=VALUE ...]',
   generate='text from a trained model: --workdir=DIR --prompt=TEXT, or --chat',
+  serve="a model behind OpenAI's API, and a page to talk to it: --workdir=DIR",
   describe='sizes, FLOPs and memory of a published model or a config: --model=NAME [--mesh=fsdp=16,tensor=4]',
   convert='weights from elsewhere as a run, or the reverse: --from=gguf --path=FILE --to=DIR',
 )

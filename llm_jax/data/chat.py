@@ -16,13 +16,18 @@ from llm_jax.core.errors import UserError
 
 
 def render(
-  vocab: Any, messages: Sequence[Mapping[str, Any]], *, add_generation_prompt: bool = True
+  vocab: Any,
+  messages: Sequence[Mapping[str, Any]],
+  *,
+  add_generation_prompt: bool = True,
+  **told: Any,
 ) -> str:
   """The text of a conversation as the model learned to read it.
 
   vocab: with `template` and `spelling` (see data/tokenizer.py). messages: dicts of role ('system', 'user',
-  'assistant') and content. add_generation_prompt: whether the beginning of the answer follows. Raises `UserError` when
-  there is no template, or it refuses the messages.
+  'assistant') and content. add_generation_prompt: whether the beginning of the answer follows. told: what else the
+  template may read, such as `tools` (see `takes`). Raises `UserError` when there is no template, or it refuses the
+  messages.
   """
   import jinja2
 
@@ -33,11 +38,29 @@ def render(
     )
   try:
     return _compiled(vocab.template).render(
-      messages=list(messages), add_generation_prompt=add_generation_prompt, **vocab.spelling
+      messages=list(messages),
+      add_generation_prompt=add_generation_prompt,
+      **vocab.spelling,
+      **told,
     )
-  except jinja2.exceptions.TemplateError as e:
+  except (
+    jinja2.exceptions.TemplateError,
+    TypeError,
+    ValueError,
+    LookupError,
+    ArithmeticError,
+  ) as e:
     said = ' '.join(str(e).split())
     raise UserError(f'the chat template refuses these messages: {said}') from e
+
+
+@functools.cache
+def takes(template: str, name: str) -> bool:
+  """Whether the template reads the variable `name`, for instance 'tools'."""
+  import jinja2.meta
+
+  environment = _compiled(template).environment
+  return name in jinja2.meta.find_undeclared_variables(environment.parse(template))
 
 
 @functools.cache

@@ -205,6 +205,11 @@ class Writer:
     self._shown = len(vocab.decode(self._ids))  # characters decoded from there and taken over
     self._pending, self.text, self.stopped = '', '', None
 
+  @property
+  def decoded(self) -> int:
+    """Characters of the new text so far, those that are held back for a stop string included."""
+    return len(self.text) + len(self._pending)
+
   def add(self, ids: Sequence[int]) -> str:
     """The text that is certain once `ids` have come."""
     self._ids += ids

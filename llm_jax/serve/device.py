@@ -69,9 +69,12 @@ class Chosen(NamedTuple):
 
 
 class Device:
-  """The model, its parameters and the memory of all sequences. Used by one thread."""
+  """The model, its parameters and the memory of all sequences. Used by one thread.
 
-  def __init__(self, model: Any, params: Any, sizes: Sizes):
+  allowed: bool [vocab], the ids that may be drawn.
+  """
+
+  def __init__(self, model: Any, params: Any, sizes: Sizes, allowed: np.ndarray):
     if model.card.kind != 'causal':
       raise UserError(
         f'the engine serves causal decoders, this model is of kind {model.card.kind!r}: use llm-jax generate'
@@ -83,6 +86,7 @@ class Device:
     fresh = model.states(params, one, sizes.length)
     self._fresh = {p: x for p, x in tree.flatten(fresh).items() if not _is_paged(p)}
     self._states = tree.map_paths(self._memory, fresh)
+    self._allowed = np.pad(allowed, (0, model.card.rows - model.card.vocab))
     self._open = functools.cache(self._neutral)
     self.recurrent = bool(self._fresh)  # a state that cannot be shared nor cut at a chunk
 
@@ -161,11 +165,11 @@ class Device:
     return jax.tree.map(lambda x: x[None], pool)
 
   def _neutral(self, name: str, rows: int) -> jax.Array:
-    """A bias or a mask that changes nothing, but for the rows that round up the vocabulary."""
+    """A bias or a mask for rows that have none of their own."""
     shape = rows, self._model.card.rows
     if name == 'bias':
       return jnp.zeros(shape, jnp.float32)
-    return jnp.broadcast_to(jnp.arange(shape[1]) < self._model.card.vocab, shape)
+    return jnp.broadcast_to(self._allowed, shape)
 
 
 class _Functions(NamedTuple):

@@ -37,7 +37,8 @@ class Engine:
   rows: answered at once. length: the longest prompt and answer, None: the model's context. pages: of `page` slots each,
   None: enough for every row at full length, but no more than fit into `memory` GiB (a single row always fits). kv:
   'int8' keeps keys and values in a byte a number. queue: requests that may wait. chunks: of prompts between two
-  tokens. prefix_cache: keeps what prompts begin with.
+  tokens. prefix_cache: keeps what prompts begin with. allowed: bool [vocab], the ids that may be
+  drawn, None for all.
   """
 
   def __init__(
@@ -54,6 +55,7 @@ class Engine:
     queue: int = 256,
     chunks: int = 2,
     prefix_cache: bool = True,
+    allowed: np.ndarray | None = None,
   ):
     params = stack.apart(params)
     length = min(x for x in (length, model.card.length, 1 << 20) if x is not None)
@@ -67,7 +69,9 @@ class Engine:
       row, room = -(-length // page), memory * 2**30 / max(slot_bytes(model, params, kv), 1)
       pages = max(row, min(rows * row, int(room) // page))
     self.length = min(length, pages * page)
-    self._device = Device(model, params, Sizes(rows, self.length, page, pages, kv))
+    sizes = Sizes(rows, self.length, page, pages, kv)
+    self._allowed = np.ones(model.card.vocab, bool) if allowed is None else np.asarray(allowed)
+    self._device = Device(model, params, sizes, self._allowed)
     self._vocab, self._table_rows = model.card.vocab, model.card.rows
     self._pages, self._rows, self._chunks = Pages(pages), rows, chunks
     self._most, self._cached = queue, prefix_cache and not self._device.recurrent
@@ -399,7 +403,8 @@ class Engine:
         for token, value in r.bias:
           bias[i, token] = value
     if any(r.constraint is not None for r in asked):
-      allowed = np.arange(self._table_rows)[None].repeat(bucket, 0) < self._vocab
+      allowed = np.zeros((bucket, self._table_rows), bool)
+      allowed[:, : self._vocab] = self._allowed
       for i, r in enumerate(asked):
         if r.constraint is not None and several[i].read == len(several[i].tokens):
           allowed[i, : self._vocab] &= r.constraint.allowed()[: self._vocab]

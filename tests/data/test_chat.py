@@ -25,8 +25,15 @@ def test_transformers(case):
     words(STORED['templates'][case['template']]),
     case['messages'],
     add_generation_prompt=case['prompt'],
+    **case.get('told', {}),
   )
   assert said == case['text']
+
+
+def test_what_a_template_reads():
+  assert chat.takes(STORED['templates']['tools'], 'tools')
+  assert not any(chat.takes(STORED['templates'][t], 'tools') for t in ('chatml', 'inst', 'json'))
+  assert not chat.takes('{% set tools = 1 %}{{ tools }}', 'tools')
 
 
 def test_a_template_that_refuses_or_breaks_says_so_in_one_line():

@@ -1,0 +1,110 @@
+"""`llm-jax serve` on a run, its engine replaced by that of tests/serve/fake.py: which flags go where, and its end."""
+
+import threading
+import types
+
+import httpx
+import jax
+import jax.numpy as jnp
+import openai
+import pytest
+
+import llm_jax.serve
+from llm_jax.cli import main
+from llm_jax.cli import serve as command
+from llm_jax.core.config import build, config, to_json, use
+from llm_jax.data import vocab
+from llm_jax.model import attention, block, ffn, transformer
+from llm_jax.serve import server
+from llm_jax.train import checkpoint
+from llm_jax.train.state import State
+from tests.serve import fake
+
+
+class Source:
+  """A position in the data, which every checkpoint holds."""
+
+  def state(self):
+    return {}
+
+
+def write(folder, kind):
+  layer = use(
+    block.decoder,
+    mixer=use(attention.SelfAttention, heads=2),
+    ffn=use(ffn.Gated, hidden=16),
+  )
+  cfg = config(model=use(kind, vocab=262, embed=8, layers=1, block=layer), steps=1)
+  params = build(cfg.model)().init(jax.random.key(0))
+  saver = checkpoint.Saver(str(folder))
+  saver.restore(State(jnp.int32(1), params, ()), Source())
+  assert saver.save(1, State(jnp.int32(1), params, ()), {})
+  saver.wait()
+  (folder / 'config.json').write_text(to_json(cfg))
+  vocab.bytes_(extra_ids=0).save(str(folder / 'vocab'))
+  return str(folder)
+
+
+@pytest.fixture
+def engines(monkeypatch):
+  """(model, sizes) of the engines that were made."""
+  made = []
+
+  def engine(model, params, **sizes):
+    made.append((model, sizes))
+    return fake.Engine(fake.words(None))
+
+  monkeypatch.setattr(llm_jax.serve, 'engine', types.SimpleNamespace(Engine=engine), raising=False)
+  return made
+
+
+def test_it_serves_a_run_until_it_is_told_to_end(tmp_path, engines, monkeypatch, capfd):
+  folder = write(tmp_path / 'tiny', transformer.causal)
+  started, done = threading.Event(), []
+  run = server.run
+
+  def told(made, sock, **more):
+    done.append(made)
+    started.url = f'http://127.0.0.1:{sock.getsockname()[1]}'
+    started.set()
+    run(made, sock, **more)
+
+  monkeypatch.setattr(server, 'run', told)
+  monkeypatch.setenv('LLM_JAX_API_KEY', 'sesame')
+  flags = ['--port=0', '--rows=3', '--queue=5', '--kv=int8', '--max_tokens=7', '--max_body=5000']
+  thread = threading.Thread(
+    target=lambda: done.append(main.main(['serve', f'--workdir={folder}', *flags]))
+  )
+  thread.start()
+  assert started.wait(120)
+  client = openai.OpenAI(base_url=started.url + '/v1', api_key='sesame', max_retries=3)
+  assert client.completions.create(model='tiny', prompt='say:hello').choices[0].text == 'hello'
+  with pytest.raises(openai.BadRequestError, match='at most 7'):
+    client.completions.create(model='tiny', prompt='a', max_tokens=8)
+  assert httpx.get(started.url + '/v1/models').status_code == 401
+  assert httpx.post(started.url + '/v1/completions', content=b' ' * 5001,
+                    headers=dict(authorization='Bearer sesame')).status_code == 413  # fmt: skip
+  done[0].state.server.handle_exit(15, None)
+  thread.join(60)
+  assert done[1] == 0
+  ((model, sizes),) = engines
+  assert model.card.vocab == 262
+  allowed = sizes.pop('allowed')
+  assert not allowed[0] and allowed[1:259].all()  # padding is never drawn
+  assert sizes == dict(rows=3, queue=5, kv='int8', length=None, pages=None, memory=1.0)
+  said = capfd.readouterr()
+  assert f'llm-jax: tiny answers at {started.url}' in said.out and 'Traceback' not in said.err
+
+
+def test_a_model_that_the_engine_does_not_take(tmp_path, engines, capfd):
+  folder = write(tmp_path / 'tiny', transformer.prefix)
+  assert main.main(['serve', f'--workdir={folder}', '--port=0']) == 2
+  assert 'this one is prefix: use llm-jax generate' in capfd.readouterr().err
+
+
+def test_ctrl_c_before_it_answers(monkeypatch):
+  def interrupted(*_):
+    raise KeyboardInterrupt
+
+  monkeypatch.setattr(command, 'load', interrupted)
+  assert main.main(['serve', '--workdir=x', '--port=0']) == 130
