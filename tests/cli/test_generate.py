@@ -159,7 +159,7 @@ def test_what_the_command_line_sets_goes_over_a_preset_of_beams(call, monkeypatc
   monkeypatch.setattr(beam, 'text', lambda *_, **told: seen.update(told) or ['x'] * told['n'])
   call('--preset=t5_beam', '--length_penalty=power:2', '--early_stopping=never', '--num=2')
   assert seen['length_penalty'](3) == 9 and seen['early_stopping'] == 'never'
-  assert (seen['beams'], seen['n'], seen['max_new'], seen['repetition']) == (4, 2, 200, 1.0)
+  assert (seen['beams'], seen['n'], seen['max_new']) == (4, 2, 200)
   call('--preset=survey', '--temperature=0', '--groups=2', '--diversity=0.5')
   assert seen['length_penalty'](3) == 3 and (seen['groups'], seen['diversity']) == (2, 0.5)
   assert seen['max_new'] == 512 and seen['early_stopping'] is False
