@@ -8,7 +8,8 @@ The workdir is all it needs: config, vocabulary and newest checkpoint. Without a
 Mode tokens and sentinels are written as text: --prompt="[S]ROMEO:", --prompt="To be <extra_id_0> not to be".
 
 --beams=4 searches for the likeliest text instead of drawing one (--num then are the best of them), and --preset=t5_beam
-as T5 did. --explain prints for every token the candidates and what each setting did to them.
+as T5 did. --explain prints for every token the candidates and what each setting did to them. --regex='(yes|no)' and
+--schema=FILE draw only what matches.
 
 --chat writes what is said as the model's chat template does: a --prompt is answered once; without one every line of the
 input is a turn of a conversation, until it ends (Ctrl-D).
@@ -30,7 +31,7 @@ from llm_jax.cli.main import main as command
 from llm_jax.core.config import build, from_json
 from llm_jax.core.errors import UserError, nearest
 from llm_jax.data import vocab
-from llm_jax.decode import beam, generate
+from llm_jax.decode import beam, constrain, generate
 from llm_jax.decode import logits as logits_lib
 from llm_jax.train import checkpoint
 
@@ -65,6 +66,9 @@ def main(argv: list[str]) -> int:
   settings, prompts = _settings(given), _prompts(given)
   try:
     model, params, words = load(given.workdir, given.step)
+    if given.chat and given.explain:
+      raise UserError('--explain shows a --prompt and no conversation: leave out --chat')
+    guides = _guides(given, words, prompts)
     if given.chat:
       return chat.converse(model, params, words, prompts, given.seed, settings)
     _note_end(model, words, prompts, settings['max_new'])
@@ -76,6 +80,7 @@ def main(argv: list[str]) -> int:
       texts = beam.text(model, params, words, asked, n=given.num, **settings)
       _blocks(prompts, texts, shown)
     elif len(prompts) == 1:
+      settings['guides'] = guides
       pieces = generate.stream_text(model, params, words, prompts[0], key, **settings)
       for piece in itertools.chain(prompts if shown else [], pieces):
         print(piece, end='', flush=True)
@@ -146,6 +151,8 @@ def _flags() -> flags.FlagValues:
   flags.DEFINE_integer('groups', 1, 'groups of beams that differ', lower_bound=1, **at)
   flags.DEFINE_float('diversity', 0.0, 'what a token of a group before costs', **at)
   flags.DEFINE_multi_string('stop', [], 'end the text in front of this; may be repeated', **at)
+  flags.DEFINE_string('regex', None, 'the text matches this regular expression', **at)
+  flags.DEFINE_string('schema', None, 'file of a JSON schema: the text is JSON of it', **at)
   flags.DEFINE_string('preset', None, f'settings of a paper: {", ".join(PRESETS)}', **at)
   flags.DEFINE_integer('seed', 0, 'the same seed gives the same text', **at)
   flags.DEFINE_integer('num', 1, 'samples per prompt', lower_bound=1, **at)
@@ -196,6 +203,23 @@ def _penalty(text: str) -> Any:
   if name == 'none' and told:
     raise UserError(f'--length_penalty={text}: none takes no number')
   return functools.partial(beam.PENALTIES[name], **told)
+
+
+def _guides(given: flags.FlagValues, words: Any, prompts: list[str]) -> list[constrain.Guide]:
+  """The constraint of the one text, where there is one."""
+  if given.regex is None and given.schema is None:
+    return []
+  if given.regex is not None and given.schema is not None:
+    raise UserError('--regex and --schema exclude each other: leave one of them out')
+  if given.chat or given.explain or given.beams > 1 or len(prompts) > 1:
+    raise UserError('--regex and --schema are for one text that is drawn: name one --prompt alone')
+  if given.regex is not None:
+    return [constrain.regex(words, given.regex)]
+  try:
+    with open(given.schema, encoding='utf-8') as f:
+      return [constrain.json_schema(words, f.read())]
+  except OSError as e:
+    raise UserError(f'cannot read --schema={given.schema}: {e.strerror.lower()}') from e
 
 
 def _prompts(given: flags.FlagValues) -> list[str]:

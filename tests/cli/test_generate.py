@@ -1,6 +1,7 @@
 """`llm-jax generate` as a user runs it, on a run that was saved a moment ago, and given wrong input."""
 
 import os
+import re
 import subprocess
 import sys
 
@@ -177,6 +178,14 @@ def test_explain_prints_a_table_for_every_token(call):
   assert out.endswith('\n\n' + plain)
 
 
+def test_a_text_under_a_constraint(call, tmp_path):
+  (tmp_path / 'schema.json').write_text('{"enum": ["red", "green"]}')
+  run = lambda *flags: call('--prompt=A ', '--max_new=20', '--temperature=3', *flags)[0]
+  for seed in ('--seed=1', '--seed=2', '--seed=3'):
+    assert re.fullmatch('A (yes|no), [0-9]{2}\n', run('--regex=(yes|no), [0-9]{2}', seed))
+    assert run(f'--schema={tmp_path}/schema.json', seed) in ('A "red"\n', 'A "green"\n')
+
+
 def test_the_end_of_a_position_table_is_announced(call):
   prompt = 'a' * (LENGTH - 5)
   _, err = call(f'--prompt={prompt}', '--max_new=12')
@@ -216,6 +225,11 @@ BAD = {
     'leave out temperature',
   ),
   'beams explained': (('--beams=2', '--explain'), 'leave out explain'),
+  'a conversation explained': (('--chat', '--explain'), 'leave out --chat'),
+  'a wrong pattern': (('--regex=a(',), 'the constraint cannot be used'),
+  'two constraints': (('--regex=a', '--schema=b'), 'leave one of them out'),
+  'a constraint on beams': (('--regex=a', '--beams=2'), 'one text that is drawn'),
+  'a missing schema': (('--schema=nowhere.json',), 'nowhere.json: no such file'),
   'two prompts explained': (
     ('--explain', '--prompt=a', '--prompt=b'),
     '--explain shows one --prompt',

@@ -74,6 +74,7 @@ def generated(folder: str, name: str) -> dict:
   import torch
   import transformers
 
+  torch.set_num_threads(1)  # the models are tiny
   kind = 'AutoModelForSeq2SeqLM' if name == 't5' else 'AutoModelForCausalLM'
   model = getattr(transformers, kind).from_pretrained(os.path.join(folder, name)).float().eval()
   found, draw = {}, torch.multinomial

@@ -12,7 +12,7 @@ from llm_jax.core import mesh
 from llm_jax.core.errors import UserError
 from llm_jax.data import vocab as vocab_lib
 from llm_jax.decode import beam, generate
-from llm_jax.model import attention, block, ffn, moe, transformer
+from llm_jax.model import attention, block, ffn, moe, positions, transformer
 from llm_jax.model.recurrent import mamba, rwkv
 
 VOCAB, EOS, KEY = 5, 1, jax.random.key(0)
@@ -39,6 +39,12 @@ def make(kind: str, vocab: int = VOCAB):
   elif kind == 'rwkv':
     parts = dict(mixer=rwkv.TimeMix, channel=functools.partial(rwkv.ChannelMix, hidden=12))
     model = transformer.causal(block=functools.partial(block.mixers, **parts), **settings)
+  elif kind == 'learned':
+    own = functools.partial(attention.SelfAttention, heads=2, rotate=None)
+    settings |= dict(length=7, positions=positions.Learned)
+    model = transformer.causal(
+      block=functools.partial(block.decoder, mixer=own, ffn=feed), **settings
+    )
   elif kind == 'moe':
     experts = functools.partial(moe.MoE, experts=3, expert=feed)
     sparse = functools.partial(block.decoder, mixer=mixer, ffn=experts)
@@ -70,12 +76,12 @@ def full(kind: str, row: int, answers: np.ndarray) -> np.ndarray:
   return np.take_along_axis(logp, answers[..., None], axis=2)[..., 0]
 
 
-def every_answer(kind: str, row: int, max_new: int) -> dict[tuple, np.ndarray]:
-  """All answers: those that end with eos and those of max_new tokens; with the log p of their tokens."""
+def every_answer(kind: str, row: int, max_new: int, ends=(EOS,)) -> dict[tuple, np.ndarray]:
+  """All answers: those that end with an end and those of max_new tokens; with the log p of their tokens."""
   found = {}
   whole = np.array(list(itertools.product(range(VOCAB), repeat=max_new)), np.int32)
   for answer, logp in zip(whole, full(kind, row, whole)):
-    end = answer.tolist().index(EOS) + 1 if EOS in answer else max_new
+    end = next((i + 1 for i, token in enumerate(answer) if token in ends), max_new)
     found[tuple(answer[:end].tolist())] = logp[:end]
   return found
 
@@ -223,6 +229,27 @@ def test_processors_compose_with_beams():
     best = sorted(scores, key=scores.get, reverse=True)[:5]
     assert [ids(out, row, i) for i in range(5)] == best
     np.testing.assert_allclose(out.scores[row], [scores[a] for a in best], atol=2e-4)
+
+
+def test_several_ids_may_end_an_answer():
+  model, params = make('causal')
+  settings = dict(max_new=3, n=9, eos=(1, 3), early_stopping='never', length_penalty=beam.none)
+  out = beam.search(model, params, PROMPTS, LENGTHS, beams=VOCAB**3, **settings)
+  for row in range(3):
+    scores = {a: x.sum() for a, x in every_answer('causal', row, 3, ends=(1, 3)).items()}
+    best = sorted(scores, key=scores.get, reverse=True)[:9]
+    assert [ids(out, row, i) for i in range(9)] == best
+
+
+def test_answers_end_with_a_learned_table():
+  """Each row where its prompt leaves no position, as if it had been asked for that many tokens."""
+  model, params = make('learned')
+  settings = dict(beams=3, eos=None, length_penalty=beam.none)
+  out = beam.search(model, params, PROMPTS, LENGTHS, max_new=12, **settings)
+  assert out.lengths.tolist() == [[4] * 3, [6] * 3, [7] * 3]
+  asked = beam.search(model, params, PROMPTS, LENGTHS, max_new=4, **settings)
+  assert out.tokens[0, :, :4].tolist() == asked.tokens[0].tolist()
+  assert not np.asarray(out.tokens)[0, :, 4:].any()
 
 
 def test_fewer_answers_than_beams():
