@@ -16,6 +16,7 @@ VOCAB, PROMPTS, LONGEST, NEW = 24, 20, 8, 12
 EOS = dict(gpt2=21, llama=16, t5=11)  # ids that these weights say now and then
 PENALTY = dict(repetition_penalty=1.3, no_repeat_ngram_size=3)
 BEAMS = dict(num_beams=4, length_penalty=0.6, num_return_sequences=4)
+PAIRS = dict(num_beams=2, length_penalty=1.0, num_return_sequences=2)
 DRAWN = dict(do_sample=True, temperature=1.3, top_k=15, top_p=0.9, **PENALTY)
 
 # name: arguments of GenerationConfig
@@ -27,6 +28,10 @@ STRATEGIES = {
   'beams_never': dict(BEAMS, early_stopping='never'),
   'beams_penalised': dict(BEAMS, early_stopping=False, **PENALTY),
   'beams_mean': dict(BEAMS, early_stopping=False, length_penalty=1.0, num_beams=7),
+  # where the three ways to stop early find different answers
+  'pairs': dict(PAIRS, early_stopping=False),
+  'pairs_early': dict(PAIRS, early_stopping=True),
+  'pairs_never': dict(PAIRS, early_stopping='never'),
   'drawn': DRAWN,
   'drawn_whole': dict(do_sample=True, temperature=1.0, top_k=0, top_p=1.0),
   'drawn_min_p': dict(do_sample=True, top_k=0, min_p=0.1, typical_p=0.95),

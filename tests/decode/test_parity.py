@@ -60,6 +60,12 @@ def test_the_same_tokens_as_transformers(name, strategy):
   assert len(np.unique(wanted[:, 0], axis=0)) > 3  # not the same text after every prompt
 
 
+def test_the_ways_to_stop_early_are_told_apart():
+  """The oracle's own answers differ, so the test above would notice one taken for another."""
+  ways = [expected()[f'llama/{name}/tokens'] for name in ('pairs', 'pairs_early', 'pairs_never')]
+  assert all((ways[i] != ways[j]).any((1, 2)).sum() > 2 for i, j in ((0, 1), (0, 2), (1, 2)))
+
+
 @pytest.mark.parametrize('name', PROCESSORS)
 def test_processors_are_those_of_transformers(name):
   """Each on 8 rows of random logits after a text with repetitions; temperature up to a shift of the row."""
