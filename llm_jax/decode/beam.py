@@ -81,10 +81,10 @@ _GNMT = functools.partial(gnmt, alpha=0.6)
 PRESETS = dict(
   t5_beam=dict(
     beams=4, length_penalty=_GNMT
-  ),  # translation, summaries; arXiv:1910.10683, section 3.1.2
+  ),  # translation, summaries; arXiv:1910.10683, section 3.7
   gpt3_beam=dict(beams=4, length_penalty=_GNMT),  # free-form answers; arXiv:2005.14165, section 2.4
-  # the survey's own evaluation: temperature 0.1, top-p 0.75 and top-k 40 are set too, but its call searches
-  # and draws nothing, so that they have no effect
+  # the survey's own evaluation; its temperature 0.1, top-p 0.75 and top-k 40 say nothing to a search: transformers
+  # heeds them beside num_beams only in beam sampling (do_sample)
   survey=dict(beams=4, length_penalty=power, max_new=512),
 )
 
