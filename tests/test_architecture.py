@@ -20,6 +20,7 @@ PLACES = {
   'orbax': ('llm_jax/train/checkpoint.py', False),
   'gguf': ('llm_jax/interop/gguf.py', True),
   'tokenizers': ('llm_jax/data/tokenizer.py', True),
+  'llguidance': ('llm_jax/decode/constrain.py', True),
   'jinja2': ('llm_jax/data/chat.py', True),
   'grain': ('llm_jax/data/', False),
   'fastapi': ('llm_jax/serve/', False),

@@ -7,10 +7,15 @@ r"""Text from a trained model: one prompt streams to the terminal, several (or -
 The workdir is all it needs: config, vocabulary and newest checkpoint. Without a prompt it starts a new document.
 Mode tokens and sentinels are written as text: --prompt="[S]ROMEO:", --prompt="To be <extra_id_0> not to be".
 
+--beams=4 searches for the likeliest text instead of drawing one (--num then are the best of them), and --preset=t5_beam
+as T5 did. --explain prints for every token the candidates and what each setting did to them. --regex='(yes|no)' and
+--schema=FILE draw only what matches.
+
 --chat writes what is said as the model's chat template does: a --prompt is answered once; without one every line of the
 input is a turn of a conversation, until it ends (Ctrl-D).
 """
 
+import functools
 import itertools
 import json
 import os
@@ -20,13 +25,13 @@ from typing import Any
 import jax
 from absl import flags
 
-from llm_jax.cli import chat
+from llm_jax.cli import chat, explain
 from llm_jax.cli.flags import parse
 from llm_jax.cli.main import main as command
 from llm_jax.core.config import build, from_json
 from llm_jax.core.errors import UserError, nearest
 from llm_jax.data import vocab
-from llm_jax.decode import generate
+from llm_jax.decode import beam, constrain, generate
 from llm_jax.decode import logits as logits_lib
 from llm_jax.model import stack
 from llm_jax.train import checkpoint
@@ -45,6 +50,11 @@ SAMPLING = (
   ('frequency', 0.0, 'the same, times their number'),
   ('no_repeat_ngram', 0, 'no n-gram of this length twice; 0 is off'),
 )
+# Those of `beam.search`, which heeds no temperature and no truncation.
+BEAM = ('beams', 'length_penalty', 'early_stopping', 'groups', 'diversity')
+SEARCHED = ('repetition', 'presence', 'frequency', 'no_repeat_ngram')
+GREEDY = 'temperature', 0
+PRESETS = logits_lib.PRESETS | beam.PRESETS
 
 
 def main(argv: list[str]) -> int:
@@ -58,22 +68,38 @@ def main(argv: list[str]) -> int:
   try:
     model, params, words = load(given.workdir, given.step)
     params = stack.apart(params, free=True)  # decoding is fastest so
+    if given.chat and given.explain:
+      raise UserError('--explain shows a --prompt and no conversation: leave out --chat')
+    guides = _guides(given, words, prompts)
     if given.chat:
       return chat.converse(model, params, words, prompts, given.seed, settings)
-    _note_end(model, words, prompts, given.max_new)
+    _note_end(model, words, prompts, settings['max_new'])
     key, shown = jax.random.key(given.seed), model.card.kind != 'encoder_decoder'
-    if len(prompts) == 1:
+    if given.explain:
+      explain.show(model, params, words, prompts, key, **settings)
+    elif 'beams' in settings:
+      asked = prompts[:: given.num]
+      texts = beam.text(model, params, words, asked, n=given.num, **settings)
+      _blocks(prompts, texts, shown)
+    elif len(prompts) == 1:
+      settings['guides'] = guides
       pieces = generate.stream_text(model, params, words, prompts[0], key, **settings)
       for piece in itertools.chain(prompts if shown else [], pieces):
         print(piece, end='', flush=True)
       print()
     else:
-      for i, text in enumerate(generate.text(model, params, words, prompts, key, **settings)):
-        print(f'--- {i + 1} of {len(prompts)}: {prompts[i]!r}\n{prompts[i] * shown}{text}\n')
+      _blocks(prompts, generate.text(model, params, words, prompts, key, **settings), shown)
   except KeyboardInterrupt:
     print()
     return 130
   return 0
+
+
+def _blocks(prompts: list[str], texts: list[str], shown: bool) -> None:
+  """Prints each text behind its prompt, with a line above it where there are several."""
+  for i, (prompt, text) in enumerate(zip(prompts, texts, strict=True)):
+    head = f'--- {i + 1} of {len(prompts)}: {prompt!r}\n' if len(prompts) > 1 else ''
+    print(f'{head}{prompt * shown}{text}' + '\n' * (len(prompts) > 1))
 
 
 def load(workdir: str | None, step: int | None = None) -> tuple[Any, Any, Any]:
@@ -119,26 +145,83 @@ def _flags() -> flags.FlagValues:
   for name, default, words in SAMPLING:
     define = flags.DEFINE_integer if isinstance(default, int) else flags.DEFINE_float
     define(name, default, words, **at)
+  flags.DEFINE_integer('beams', 1, 'beams of a beam search; 1 draws', lower_bound=1, **at)
+  penalty = 'scores are divided by it: gnmt:ALPHA, power:ALPHA or none'
+  flags.DEFINE_string('length_penalty', 'power:1', penalty, **at)
+  early = 'when a beam search ends (see llm_jax.decode.beam.search)'
+  flags.DEFINE_enum('early_stopping', 'false', ['true', 'false', 'never'], early, **at)
+  flags.DEFINE_integer('groups', 1, 'groups of beams that differ', lower_bound=1, **at)
+  flags.DEFINE_float('diversity', 0.0, 'what a token of a group before costs', **at)
   flags.DEFINE_multi_string('stop', [], 'end the text in front of this; may be repeated', **at)
-  flags.DEFINE_string('preset', None, f'settings of a paper: {", ".join(logits_lib.PRESETS)}', **at)
+  flags.DEFINE_string('regex', None, 'the text matches this regular expression', **at)
+  flags.DEFINE_string('schema', None, 'file of a JSON schema: the text is JSON of it', **at)
+  flags.DEFINE_string('preset', None, f'settings of a paper: {", ".join(PRESETS)}', **at)
   flags.DEFINE_integer('seed', 0, 'the same seed gives the same text', **at)
   flags.DEFINE_integer('num', 1, 'samples per prompt', lower_bound=1, **at)
+  flags.DEFINE_bool('explain', False, 'print how each token came about', **at)
   flags.DEFINE_bool('chat', False, 'answer as the chat template of the model says', **at)
   flags.DEFINE_integer('step', None, 'step of the checkpoint; default the newest', **at)
   return values
 
 
 def _settings(given: flags.FlagValues) -> dict[str, Any]:
-  """The sampler's settings: a preset's, where one is named, with what the command line sets itself on top."""
-  names = logits_lib.Sampling._fields
+  """The settings of `generate.text` or, where there are beams, of `beam.text`: a preset's, where one is named, with
+  what the command line sets itself on top."""
+  names = (*logits_lib.Sampling._fields, *BEAM, 'max_new')
   settings = {name: given[name].value for name in names}
+  settings['length_penalty'] = _penalty(given.length_penalty)
+  settings['early_stopping'] = dict(true=True, false=False).get(
+    given.early_stopping, given.early_stopping
+  )
   if given.preset is not None:
-    if given.preset not in logits_lib.PRESETS:
-      raise UserError(f'no preset {given.preset!r}; {nearest(given.preset, logits_lib.PRESETS)}')
-    own = {name: given[name].value for name in names if given[name].present}
-    settings = logits_lib.PRESETS[given.preset] | own
-  logits_lib.check(**settings)
-  return dict(settings, max_new=given.max_new, stop=tuple(given.stop))
+    if given.preset not in PRESETS:
+      raise UserError(f'no preset {given.preset!r}; {nearest(given.preset, PRESETS)}')
+    kept = {name: value for name, value in settings.items() if given[name].present}
+    neutral = {name: settings[name] for name in (*BEAM, 'max_new')}
+    settings = neutral | PRESETS[given.preset] | kept
+  sampling = {n: settings[n] for n in logits_lib.Sampling._fields if n in settings}
+  logits_lib.check(**sampling)
+  stop, max_new = tuple(given.stop), settings['max_new']
+  if settings['beams'] == 1:
+    return dict(sampling, max_new=max_new, stop=stop)
+  told = {n for n in sampling if given[n].present} | PRESETS.get(given.preset, {}).keys()
+  drawn = [n for n in sampling if n in told and n not in SEARCHED and (n, sampling[n]) != GREEDY]
+  drawn += [name for name in ('chat', 'explain') if given[name].value]
+  if drawn:
+    raise UserError(f'a beam search draws nothing: leave out {drawn[0]} or --beams')
+  searched = {n: settings[n] for n in (*BEAM, *SEARCHED) if n in settings}
+  return dict(searched, max_new=max_new, stop=stop)
+
+
+def _penalty(text: str) -> Any:
+  """The function of `--length_penalty=NAME:ALPHA`."""
+  name, _, alpha = text.partition(':')
+  if name not in beam.PENALTIES:
+    raise UserError(f'no length penalty {name!r}; {nearest(name, beam.PENALTIES)}')
+  try:
+    told = dict(alpha=float(alpha)) if alpha else {}
+  except ValueError:
+    raise UserError(f'--length_penalty={text}: {alpha!r} is no number') from None
+  if name == 'none' and told:
+    raise UserError(f'--length_penalty={text}: none takes no number')
+  return functools.partial(beam.PENALTIES[name], **told)
+
+
+def _guides(given: flags.FlagValues, words: Any, prompts: list[str]) -> list[constrain.Guide]:
+  """The constraint of the one text, where there is one."""
+  if given.regex is None and given.schema is None:
+    return []
+  if given.regex is not None and given.schema is not None:
+    raise UserError('--regex and --schema exclude each other: leave one of them out')
+  if given.chat or given.explain or given.beams > 1 or len(prompts) > 1:
+    raise UserError('--regex and --schema are for one text that is drawn: name one --prompt alone')
+  if given.regex is not None:
+    return [constrain.regex(words, given.regex)]
+  try:
+    with open(given.schema, encoding='utf-8') as f:
+      return [constrain.json_schema(words, f.read())]
+  except OSError as e:
+    raise UserError(f'cannot read --schema={given.schema}: {e.strerror.lower()}') from e
 
 
 def _prompts(given: flags.FlagValues) -> list[str]:

@@ -94,22 +94,26 @@ class Tokenizer(vocab.Vocabulary):
     shown = [i for i in ids if i not in self._silent]
     return self._tokenizer.decode(shown, skip_special_tokens=False) if shown else ''
 
-  def _base_bytes(self) -> list[int]:
-    """Of a byte-level tokenizer, whose letters are bytes, and of one with byte tokens exact, but for the space that
-    the latter may put before a text; of others the bytes of what each id says alone."""
+  def _base_pieces(self) -> list[bytes]:
+    """Of a byte-level tokenizer, whose letters are bytes, and of one that writes spaces as U+2581 exact, but for the
+    space that the latter may put before a text; of others what each id says alone."""
     described = json.loads(self.description)
     written = json.dumps(described.get('decoder'))
-    added = {t['id']: len(t['content'].encode()) for t in described.get('added_tokens', ())}
+    added = {t['id']: t['content'].encode() for t in described.get('added_tokens') or ()}
     pieces = [self._tokenizer.id_to_token(i) or '' for i in range(self.base)]
     if 'ByteLevel' in written:
-      count = len
-    elif 'ByteFallback' in written:
-      is_byte = lambda piece: len(piece) == 6 and piece.startswith('<0x')
-      count = lambda piece: 1 if is_byte(piece) else len(piece.replace(vocab.SPACE, ' ').encode())
+      letters = {letter: bytes([byte]) for byte, letter in enumerate(_letters())}
+      said = [b''.join(letters.get(c, c.encode()) for c in piece) for piece in pieces]
+    elif 'ByteFallback' in written or 'Metaspace' in written:
+      said = [vocab.unescaped(piece) for piece in pieces]
     else:
-      said = [len(self._tokenizer.decode([i]).encode()) for i in range(self.base)]
-      return [added.get(i, n) for i, n in enumerate(said)]
-    return [added.get(i, count(piece)) for i, piece in enumerate(pieces)]
+      said = [self._tokenizer.decode([i]).encode() for i in range(self.base)]
+    return [added.get(i, piece) for i, piece in enumerate(said)]
+
+  def _base_controls(self) -> list[int]:
+    added = json.loads(self.description).get('added_tokens') or ()
+    special = (t['id'] for t in added if t.get('special', True))
+    return sorted({*special, *(i for i in self.roles.values() if i is not None)})
 
   def _settings(self) -> dict:
     return super()._settings() | dict(roles=self.roles)
@@ -207,6 +211,14 @@ def _begins(description: str, told: Mapping[str, Any], bos: int | None) -> bool:
   import tokenizers
 
   return tokenizers.Tokenizer.from_str(description).encode('a').ids[:1] == [bos]
+
+
+def _letters() -> str:
+  """The letter that stands for each byte in byte-level BPE: itself where it prints, else the next from U+0100 on, as in
+  GPT-2."""
+  prints = {*range(0x21, 0x7F), *range(0xA1, 0xAD), *range(0xAE, 0x100)}
+  rest = iter(range(0x100, 0x200))
+  return ''.join(chr(byte if byte in prints else next(rest)) for byte in range(256))
 
 
 def _ids(description: str) -> dict[str, int]:

@@ -110,13 +110,22 @@ class Vocabulary:
     return ''.join(self._spelling.get(i, '\ufffd') for i in markers)
 
   @functools.cached_property
-  def piece_bytes(self) -> np.ndarray:
-    """int32 [size]: bytes of text each id stands for; over `encode(text)` they sum to `len(text.encode())`.
+  def pieces(self) -> list[bytes]:
+    """The bytes of text that each id stands for; over `encode(text)` they join to `text.encode()`.
 
-    A marker counts its spelling. Under a normalisation other than `identity` the sum is that of the normalised text.
+    A marker stands for its spelling. Under a normalisation other than `identity` they join to the normalised text.
     """
-    markers = [len(self._spelling[i].encode()) for i in range(self.base, self.size)]
-    return np.array(self._base_bytes() + markers, np.int32)
+    return self._base_pieces() + [self._spelling[i].encode() for i in range(self.base, self.size)]
+
+  @functools.cached_property
+  def piece_bytes(self) -> np.ndarray:
+    """int32 [size]: the number of bytes in `pieces`."""
+    return np.array([len(piece) for piece in self.pieces], np.int32)
+
+  @property
+  def controls(self) -> list[int]:
+    """The ids that are no text: those of padding, ends and the like, and the markers."""
+    return [*self._base_controls(), *range(self.base, self.size)]
 
   @property
   def text_bytes(self) -> np.ndarray:
@@ -187,10 +196,13 @@ class SentencePiece(Vocabulary):
   def _decode(self, ids: list[int]) -> str:
     return self.processor.decode(ids)
 
-  def _base_bytes(self) -> list[int]:
+  def _base_pieces(self) -> list[bytes]:
+    p, silent = self.processor, set(self._base_controls())
+    return [b'' if i in silent else unescaped(p.id_to_piece(i)) for i in range(self.base)]
+
+  def _base_controls(self) -> list[int]:
     p = self.processor
-    count = lambda i: 1 if p.is_byte(i) else len(p.id_to_piece(i).replace(SPACE, ' ').encode())
-    return [0 if p.is_control(i) or p.is_unknown(i) else count(i) for i in range(self.base)]
+    return [i for i in range(self.base) if p.is_control(i) or p.is_unknown(i)]
 
   def _content(self) -> bytes:
     return self.model
@@ -208,8 +220,18 @@ class Bytes(Vocabulary):
   def _decode(self, ids: list[int]) -> str:
     return bytes(i - 3 for i in ids if i >= 3).decode('utf-8', errors='replace')
 
-  def _base_bytes(self) -> list[int]:
-    return [0] * 3 + [1] * 256
+  def _base_pieces(self) -> list[bytes]:
+    return [b''] * 3 + [bytes([i]) for i in range(256)]
+
+  def _base_controls(self) -> list[int]:
+    return [PAD, EOS, UNK]
+
+
+def unescaped(piece: str) -> bytes:
+  """The text of a piece of SentencePiece's: `<0x41>` is a byte, U+2581 a space."""
+  if len(piece) == 6 and piece.startswith('<0x'):
+    return bytes([int(piece[3:5], 16)])
+  return piece.replace(SPACE, ' ').encode()
 
 
 def bytes_(text: Text | None = None, *, extra_ids: int = 100, modes: tuple = MODES) -> Bytes:

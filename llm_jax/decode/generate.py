@@ -103,22 +103,42 @@ def generate(
 
 
 def stream(
-  model: Any, params: Any, prompts: Any, lengths: Any, key: jax.Array, **settings: Any
+  model: Any,
+  params: Any,
+  prompts: Any,
+  lengths: Any,
+  key: jax.Array,
+  *,
+  guides: Sequence[Any] = (),
+  allowed: Any = None,
+  **settings: Any,
 ) -> Iterator[np.ndarray]:
   """The columns of `generate`'s tokens, int32 [batch * n] each, as they are drawn; same arguments, same tokens.
 
+  guides: one per row, which says after each token what the row may draw next (decode/constrain.py), besides `allowed`.
   A row that has ended yields 0. The prompts are read, and wrong arguments raise, before this returns.
   """
-  static, fixed, carry = _start(model, params, prompts, lengths, key, **settings)
+  rows = np.shape(prompts)[0] * settings.get('n', 1)
+  if guides and len(guides) != rows:
+    raise UserError(f'{rows} rows need as many guides, got {len(guides)}')
+  may = lambda: prompts_lib.guided(model, guides, allowed) if guides else allowed
+  static, fixed, carry = _start(model, params, prompts, lengths, key, allowed=may(), **settings)
 
-  def columns(carry: _Carry) -> Iterator[np.ndarray]:
+  def columns(fixed: _Fixed, carry: _Carry) -> Iterator[np.ndarray]:
+    ended = np.zeros(rows, bool)
     for made in range(1, static.max_new + 1):
-      yield np.array(carry.token)[: np.shape(prompts)[0] * static.n]
-      if made == static.max_new or np.all(carry.done):
+      column = np.array(carry.token)[:rows]
+      yield column
+      for i in np.flatnonzero(~ended) if guides else ():
+        guides[i].advance(column[i])
+      ended = np.array(carry.done)[:rows] | np.array([guide.done for guide in guides] or False)
+      if made == static.max_new or np.all(ended):
         return
+      if guides:
+        fixed = fixed._replace(allowed=prompts_lib.permitted(model, may()))
       carry = _advance(static, params, fixed, carry, np.int32(made + 1))
 
-  return columns(carry)
+  return columns(fixed, carry)
 
 
 def text(

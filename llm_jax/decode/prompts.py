@@ -74,15 +74,28 @@ def lay(
 
 
 def permitted(model: Any, allowed: Any) -> np.ndarray | None:
-  """`allowed` ([vocab] bool) with the rows that round up the table ruled out. Raises `UserError` for another shape."""
+  """`allowed` (bool, [vocab] or one row of it for each row of the batch) with the rows that round up the table ruled
+  out. Raises `UserError` for another shape."""
   if allowed is None:
     return None
-  if np.shape(allowed) != (model.card.vocab,):
+  allowed = np.asarray(allowed, bool)
+  if allowed.shape[-1:] != (model.card.vocab,) or allowed.ndim > 2:
     raise UserError(
-      f'allowed must have one entry for each of the {model.card.vocab} ids, got shape {np.shape(allowed)}'
+      f'allowed must have one entry for each of the {model.card.vocab} ids, got shape {allowed.shape}'
     )
-  beyond = np.zeros(model.card.rows - model.card.vocab, bool)
-  return np.concatenate([np.asarray(allowed, bool), beyond])
+  if allowed.ndim == 2:
+    allowed = ~fill(~allowed)
+  beyond = (0, model.card.rows - model.card.vocab)
+  return np.pad(allowed, ((0, 0), beyond)[-allowed.ndim :])
+
+
+def guided(model: Any, guides: Sequence[Any], allowed: Any) -> np.ndarray:
+  """bool [rows, vocab]: what each guide (decode/constrain.py) and `allowed` let its row draw next."""
+  found = np.zeros((len(guides), model.card.vocab), bool)
+  for row, guide in zip(found, guides, strict=True):
+    may = guide.allowed()
+    row[: len(may)] = may
+  return found if allowed is None else found & allowed
 
 
 def drawable(model: Any, vocab: Any) -> np.ndarray:

@@ -1,6 +1,7 @@
 """`llm-jax generate` as a user runs it, on a run that was saved a moment ago, and given wrong input."""
 
 import os
+import re
 import subprocess
 import sys
 
@@ -13,6 +14,7 @@ from llm_jax.cli import generate as command
 from llm_jax.cli import main
 from llm_jax.core.config import build, config, to_json, use
 from llm_jax.data import vocab
+from llm_jax.decode import beam, generate
 from llm_jax.model import attention, block, ffn, positions, transformer
 from llm_jax.train import checkpoint
 from llm_jax.train.state import State
@@ -134,6 +136,56 @@ def test_seed_temperature_preset_and_step_are_heard(call):
   assert run('--temperature=0', '--step=2') == greedy != run('--temperature=0', '--step=1')
 
 
+def test_beams_find_a_likelier_text_than_greedy(workdir, call):
+  model, params, words = command.load(workdir)
+  told = dict(eos=words.eos, start=words.start, max_new=8)
+  ids = np.array([words.encode('A')])
+  greedy = generate.generate(model, params, ids, [1], jax.random.key(0), temperature=0.0, **told)
+  out = beam.search(model, params, ids, [1], length_penalty=beam.none, **told)
+  assert out.scores[0, 0] > greedy.logp[0].sum()
+  run = lambda *flags: call('--prompt=A', '--max_new=8', *flags)[0]
+  best = run('--beams=4', '--length_penalty=none')
+  kept = np.asarray(out.tokens)[0, 0, : int(out.lengths[0, 0])]
+  assert best == f'A{words.decode(kept)}\n'
+  blocks = run('--beams=4', '--length_penalty=none', '--num=2')
+  assert blocks.count('--- ') == 2 and best in blocks
+  t5 = run('--preset=t5_beam')
+  assert (
+    t5 == run('--beams=4', '--length_penalty=gnmt:0.6') == run('--preset=gpt3_beam', '--seed=4')
+  )
+
+
+def test_what_the_command_line_sets_goes_over_a_preset_of_beams(call, monkeypatch):
+  seen = {}
+  monkeypatch.setattr(beam, 'text', lambda *_, **told: seen.update(told) or ['x'] * told['n'])
+  call('--preset=t5_beam', '--length_penalty=power:2', '--early_stopping=never', '--num=2')
+  assert seen['length_penalty'](3) == 9 and seen['early_stopping'] == 'never'
+  assert (seen['beams'], seen['n'], seen['max_new']) == (4, 2, 200)
+  call('--preset=survey', '--temperature=0', '--groups=2', '--diversity=0.5')
+  assert seen['length_penalty'](3) == 3 and (seen['groups'], seen['diversity']) == (2, 0.5)
+  assert seen['max_new'] == 512 and seen['early_stopping'] is False
+  call('--preset=gpt3_beam', '--beams=8', '--max_new=5')
+  assert (seen['beams'], seen['max_new']) == (8, 5) and seen['length_penalty'](7) == 2**0.6
+
+
+def test_explain_prints_a_table_for_every_token(call):
+  flags = '--prompt=A', '--max_new=4', '--temperature=0.7', '--seed=5'
+  out, _ = call(*flags, '--explain', '--top_k=5', '--repetition=1.5', '--presence=0.1')
+  assert max(map(len, out.splitlines())) <= 100
+  assert out.count('token ') == 4 == out.count('<- drawn') and "token 1, after 'A'" in out
+  assert 'model' in out and 'temperature' in out and out.count('top_k') == 4
+  plain = call(*flags, '--top_k=5', '--repetition=1.5', '--presence=0.1')[0]
+  assert out.endswith('\n\n' + plain)
+
+
+def test_a_text_under_a_constraint(call, tmp_path):
+  (tmp_path / 'schema.json').write_text('{"enum": ["red", "green"]}')
+  run = lambda *flags: call('--prompt=A ', '--max_new=20', '--temperature=3', *flags)[0]
+  for seed in ('--seed=1', '--seed=2', '--seed=3'):
+    assert re.fullmatch('A (yes|no), [0-9]{2}\n', run('--regex=(yes|no), [0-9]{2}', seed))
+    assert run(f'--schema={tmp_path}/schema.json', seed) in ('A "red"\n', 'A "green"\n')
+
+
 def test_the_end_of_a_position_table_is_announced(call):
   prompt = 'a' * (LENGTH - 5)
   _, err = call(f'--prompt={prompt}', '--max_new=12')
@@ -161,6 +213,27 @@ BAD = {
   'no new token': (('--max_new=0',), 'max_new'),
   'no sample': (('--num=0',), 'num'),
   'an unknown preset': (('--preset=alpca',), "did you mean 'alpaca'"),
+  'no beam': (('--beams=0',), 'beams'),
+  'beams that do not divide': (('--beams=4', '--groups=3'), 'must divide into groups=3'),
+  'more texts than beams': (('--beams=2', '--num=3'), 'between 1 and the number of beams, 2'),
+  'an unknown length penalty': (('--beams=2', '--length_penalty=gmnt:1'), "did you mean 'gnmt'"),
+  'a length penalty of words': (('--beams=2', '--length_penalty=gnmt:a'), "'a' is no number"),
+  'a number for none': (('--beams=2', '--length_penalty=none:1'), 'none takes no number'),
+  'beams that draw': (('--beams=2', '--top_k=3'), 'leave out top_k'),
+  'beams with the settings of a sampler': (
+    ('--beams=2', '--preset=alpaca'),
+    'leave out temperature',
+  ),
+  'beams explained': (('--beams=2', '--explain'), 'leave out explain'),
+  'a conversation explained': (('--chat', '--explain'), 'leave out --chat'),
+  'a wrong pattern': (('--regex=a(',), 'the constraint cannot be used'),
+  'two constraints': (('--regex=a', '--schema=b'), 'leave one of them out'),
+  'a constraint on beams': (('--regex=a', '--beams=2'), 'one text that is drawn'),
+  'a missing schema': (('--schema=nowhere.json',), 'nowhere.json: no such file'),
+  'two prompts explained': (
+    ('--explain', '--prompt=a', '--prompt=b'),
+    '--explain shows one --prompt',
+  ),
   'a step that was not kept': (('--step=7',), 'no checkpoint of step 7; kept: 1, 2'),
   'a prompt that is too long': (
     ('--prompt=' + 'a' * LENGTH,),

