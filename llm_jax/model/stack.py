@@ -98,16 +98,43 @@ def run(
   x: jax.Array,
   ctx: Context,
   states: dict | None,
-) -> tuple[jax.Array, dict | None, dict[str, jax.Array]]:
-  """All segments, one after the other. x: [batch, t, embed]."""
+  wrap: Callable | None = None,
+) -> tuple[Any, dict | None, dict[str, jax.Array]]:
+  """All segments, one after the other. x: [batch, t, embed], or what the functions `wrap(apply, layer)` take in its
+  place (see model/depth.py). params, states: may have more repeats than the stack, whose are then the first.
+  """
   after, total, first = {}, {}, 0
   for key, segment in zip(keys(stack), stack, strict=True):
-    apply = _repeat(segment.blocks, ctx, first)
-    state = None if states is None else states[key]
-    x, after[key], aux = runner(apply, params[key], x, state, segment.repeats)
+    apply, n = _repeat(segment.blocks, ctx, first), segment.repeats
+    if wrap is not None:
+      done = lambda index, first=first, size=len(segment.blocks): first + (index + 1) * size
+      apply = wrap(apply, done)
+    own, state = (None if tree is None else _first(tree[key], n) for tree in (params, states))
+    x, after[key], aux = runner(apply, own, x, state, n)
     total = add(total, aux)
-    first += segment.repeats * len(segment.blocks)
+    first += n * len(segment.blocks)
   return x, None if states is None else after, total
+
+
+def upto(stack: tuple[Segment, ...], layers: int) -> tuple[Segment, ...]:
+  """The stack's first blocks, as many as `layers`. Raises `UserError` where that is not the end of a repeat."""
+  found, left = [], layers
+  for segment in stack:
+    found.append(segment._replace(repeats=min(segment.repeats, left // len(segment.blocks))))
+    left -= found[-1].repeats * len(segment.blocks)
+    if not left and layers >= 0:
+      return tuple(s for s in found if s.repeats)
+  ends = [0]
+  for segment in stack:
+    ends += [ends[-1] + (i + 1) * len(segment.blocks) for i in range(segment.repeats)]
+  raise UserError(f'no repeat of the pattern ends after {layers} layers: choose one of {ends}')
+
+
+def _first(tree: Any, n: int) -> Any:
+  """The first n repeats of parameters or states that have at least as many."""
+  if isinstance(tree, list):  # of one tree per repeat
+    return tree[:n]
+  return jax.tree.map(lambda x: x if x.shape[0] == n else x[:n], tree)
 
 
 def _repeat(blocks: tuple[Block, ...], ctx: Context, first: int) -> Callable:
