@@ -144,7 +144,9 @@ def _start_ngram(told: Told, params: Any, batch: dict, last: jax.Array) -> dict:
   if 'encoder/inputs' not in batch:
     return {}
   real = batch['encoder/segments'] > 0
-  return dict(source=jnp.where(real, batch['encoder/inputs'], -1))
+  source = jnp.where(real, batch['encoder/inputs'], -1)
+  aside = (~real).sum(1)  # padding goes in front, so that the answer follows the source
+  return dict(source=jax.vmap(jnp.roll)(source, aside))
 
 
 def _propose_ngram(
@@ -164,8 +166,7 @@ def _propose_ngram(
     place = jnp.max(jnp.where(same, places, -1), axis=1, keepdims=True)
     first = jnp.where(place >= 0, place + n, first)
   index = first + jnp.arange(told.gamma) % (end - first)
-  ids = jnp.take_along_axis(text, index, axis=1)
-  return Proposal(jnp.maximum(ids, 0), None), state
+  return Proposal(jnp.take_along_axis(text, index, axis=1), None), state
 
 
 # --- the first layers ---------------------------------------------------------------------------------
