@@ -39,7 +39,8 @@ class Target(NamedTuple):
 
 
 class Draft(NamedTuple):
-  """start, propose: see above. settings: hashable. params: arrays. model: another `Model`, whose prompts `start` gets."""
+  """start, propose: see above. settings: hashable. params: arrays. model: another `Model`, for which the prompts that
+  `start` gets are laid out; None for the target."""
 
   start: Callable
   propose: Callable

@@ -234,7 +234,9 @@ def _accept(
   p = _probs(static, p).reshape(raw.shape)
   of = lambda probs: jnp.take_along_axis(probs, ids[..., None], axis=2)[..., 0]
   q = 1.0 if proposal.probs is None else of(proposal.probs)
-  keys = jax.vmap(lambda i: _keys(fixed, seen._replace(length=seen.length + i), _ACCEPT))(index[:-1])
+  keys = jax.vmap(lambda i: _keys(fixed, seen._replace(length=seen.length + i), _ACCEPT))(
+    index[:-1]
+  )
   chance = jax.vmap(jax.vmap(jax.random.uniform))(keys).T
   kept = jnp.cumprod(chance * q < of(p[:, :-1]), axis=1).sum(1).astype(jnp.int32)
   # Of the first that was rejected, or after all of them: what p has more than q.

@@ -1,6 +1,6 @@
 """Between the layers of a decoder: what looks at the residual stream there, or changes it.
 
-    model.hidden(params, batch, around=depth.exits((4, 8))).aux['around']      # [2, batch, length, embed]
+model.hidden(params, batch, around=depth.exits((4, 8))).aux['around']      # [2, batch, length, embed]
 """
 
 from collections.abc import Callable

@@ -107,8 +107,7 @@ def run(
   for key, segment in zip(keys(stack), stack, strict=True):
     apply, n = _repeat(segment.blocks, ctx, first), segment.repeats
     if wrap is not None:
-      done = lambda index, first=first, size=len(segment.blocks): first + (index + 1) * size
-      apply = wrap(apply, done)
+      apply = wrap(apply, functools.partial(_done, first, len(segment.blocks)))
     own, state = (None if tree is None else _first(tree[key], n) for tree in (params, states))
     x, after[key], aux = runner(apply, own, x, state, n)
     total = add(total, aux)
@@ -128,6 +127,11 @@ def upto(stack: tuple[Segment, ...], layers: int) -> tuple[Segment, ...]:
   for segment in stack:
     ends += [ends[-1] + (i + 1) * len(segment.blocks) for i in range(segment.repeats)]
   raise UserError(f'no repeat of the pattern ends after {layers} layers: choose one of {ends}')
+
+
+def _done(first: int, size: int, index: Any) -> Any:
+  """The number of blocks done after a repeat."""
+  return first + (index + 1) * size
 
 
 def _first(tree: Any, n: int) -> Any:

@@ -27,9 +27,7 @@ def make(kind: str, vocab: int = 12, layers: int = 2, seed: int = 1, length: int
   if kind == 'encoder_decoder':
     cross = partial(attention.CrossAttention, heads=2)
     both = partial(block.cross_decoder, mixer=mixer, cross=cross, ffn=feed)
-    model = transformer.encoder_decoder(
-      block=both, encoder_layers=2, encoder_block=one, **settings
-    )
+    model = transformer.encoder_decoder(block=both, encoder_layers=2, encoder_block=one, **settings)
   elif kind == 'recurrent':
     scan = partial(block.mixers, mixer=partial(mamba.Mamba, state=4, chunk=4))
     model = transformer.causal(block=scan, **settings)
@@ -57,7 +55,9 @@ def text(kind: str, prompts: np.ndarray, answers: np.ndarray) -> tuple[dict, int
     return {'inputs': np.concatenate([start, answers], 1), 'encoder/inputs': prompts}, 0
   batch = dict(inputs=np.concatenate([start, prompts, answers], 1))
   if kind == 'prefix':
-    batch['prefix'] = np.broadcast_to(np.arange(n + 1 + answers.shape[1]) <= n, batch['inputs'].shape)
+    batch['prefix'] = np.broadcast_to(
+      np.arange(n + 1 + answers.shape[1]) <= n, batch['inputs'].shape
+    )
   return batch, n
 
 

@@ -54,7 +54,8 @@ def enumerated(made, prompt, n, **settings):
   found = {}
   for answer, rows in zip(answers.tolist(), logits):
     chances = [
-      processed(row, [0, *prompt, *answer[:i]], **settings)[answer[i]] for i, row in enumerate(rows[:n])
+      processed(row, [0, *prompt, *answer[:i]], **settings)[answer[i]]
+      for i, row in enumerate(rows[:n])
     ]
     found[tuple(answer)] = float(np.prod(chances))
   return found
@@ -62,7 +63,7 @@ def enumerated(made, prompt, n, **settings):
 
 def p_value(out, expected) -> float:
   rows = np.asarray(out.tokens).tolist()
-  counts = {answer: 0 for answer in expected}
+  counts = dict.fromkeys(expected, 0)
   for row in rows:
     counts[tuple(row)] += 1
   assert not sum(counts[a] for a, p in expected.items() if p == 0)
@@ -249,7 +250,13 @@ def test_the_encoders_input_is_looked_up_too():
 def test_rows_are_independent_of_one_another(kind, name):
   prompts = [p or [6] for p in PROMPTS]
   run = functools.partial(
-    speculative.generate, *make(kind), key=KEY, draft=draft_of(name, kind), gamma=3, max_new=9, eos=5
+    speculative.generate,
+    *make(kind),
+    key=KEY,
+    draft=draft_of(name, kind),
+    gamma=3,
+    max_new=9,
+    eos=5,
   )
   together = run(*pad(prompts))
   for row, prompt in enumerate(prompts):
@@ -317,7 +324,7 @@ def test_on_a_mesh():
   ids=['gamma', 'kind', 'vocab', 'layers', 'sampling'],
 )
 def test_wrong_settings(change, message):
-  told = dict(draft=drafts.by_ngram(), **{}) | change
+  told = dict(draft=drafts.by_ngram()) | change
   with pytest.raises(UserError, match=message):
     speculative.generate(*make('causal'), *pad(PROMPTS), KEY, **told)
   for wrong in (drafts.by_ngram, drafts.by_early_exit):
