@@ -86,7 +86,7 @@ RULES = dict(
   softmax=(
     early_exit.softmax(0.08),
     lambda y, x, head, at, n: (
-      np.subtract(*np.sort(np.exp(y @ head) / np.exp(y @ head).sum())[:-3:-1]) > 0.3
+      np.subtract(*np.sort(np.exp(y @ head) / np.exp(y @ head).sum())[:-3:-1]) > 0.08
     ),
   ),
   similar=(
