@@ -17,6 +17,7 @@ from llm_jax.model import param, stack
 from llm_jax.model import positions as positions_lib
 from llm_jax.model.attention import Context
 from llm_jax.model.card import describe
+from llm_jax.model.depth import Around
 from llm_jax.model.functions import Batch, Hidden, Model, Params
 from llm_jax.model.masks import Mask
 
@@ -55,7 +56,13 @@ def decoder_only(ends: Ends, decoder: Stack) -> Model:
   """A causal or prefix decoder."""
 
   def hidden(
-    params: Params, batch: Batch, *, states: Any = None, rng: jax.Array | None = None
+    params: Params,
+    batch: Batch,
+    *,
+    states: Any = None,
+    rng: jax.Array | None = None,
+    layers: int | None = None,
+    around: Around | None = None,
   ) -> Hidden:
     rngs = _keys(rng, 2)
     x, positions = _embed(decoder, ends, params, batch['inputs'], batch.get('positions'), rngs[0])
@@ -67,7 +74,7 @@ def decoder_only(ends: Ends, decoder: Stack) -> Model:
     bias = _bias(decoder, params, mask, x.shape[1], keys)
     told = dict(ids=batch['inputs'], real=_real(batch, states), pages=batch.get('pages'))
     ctx = Context(mask, positions, bias, rngs[1], **told)
-    return _run(decoder, params, x, ctx, states)
+    return _run(_upto(decoder, layers), params, x, ctx, states, around)
 
   def states(params: Params, batch: Batch, length: int) -> dict:
     _check_length(decoder, ends, length)
@@ -90,7 +97,13 @@ def encoder_decoder(ends: Ends, encoder: Stack, decoder: Stack) -> Model:
     return _run(encoder, params, x, ctx, None)
 
   def hidden(
-    params: Params, batch: Batch, *, states: Any = None, rng: jax.Array | None = None
+    params: Params,
+    batch: Batch,
+    *,
+    states: Any = None,
+    rng: jax.Array | None = None,
+    layers: int | None = None,
+    around: Around | None = None,
   ) -> Hidden:
     rngs = _keys(rng, 3)
     read = None if states is not None and not _unread(states) else encode(params, batch, rngs[2])
@@ -102,7 +115,7 @@ def encoder_decoder(ends: Ends, encoder: Stack, decoder: Stack) -> Model:
     encoded = (read and read.x, _encoded_mask(batch, segments))
     told = dict(ids=batch['inputs'], real=_real(batch, states))
     ctx = Context(mask, positions, bias, rngs[1], *encoded, **told)
-    found = _run(decoder, params, x, ctx, states)
+    found = _run(_upto(decoder, layers), params, x, ctx, states, around)
     return found._replace(aux=stack.add(read.aux, found.aux)) if read else found
 
   def states(params: Params, batch: Batch, length: int) -> dict:
@@ -253,11 +266,30 @@ def _bias(part: Stack, params: Params, mask: Mask, t: int, keys: int) -> jax.Arr
   return mesh.shard(y, 'batch' if y.shape[0] > 1 else None, 'heads', 'length', 'length')
 
 
-def _run(part: Stack, params: Params, x: jax.Array, ctx: Context, states: Any) -> Hidden:
-  x, states, aux = stack.run(part.segments, part.runner, params[part.name], x, ctx, states)
-  if part.norm is not None:
-    x = part.norm.apply({'params': params[part.name]['norm']}, x)
-  return Hidden(x, states, aux)
+def _upto(part: Stack, layers: int | None) -> Stack:
+  return part if layers is None else part._replace(segments=stack.upto(part.segments, layers))
+
+
+def _run(
+  part: Stack,
+  params: Params,
+  x: jax.Array,
+  ctx: Context,
+  states: Any,
+  around: Around | None = None,
+) -> Hidden:
+  def finish(x: jax.Array) -> jax.Array:
+    return x if part.norm is None else part.norm.apply({'params': params[part.name]['norm']}, x)
+
+  told = part.segments, part.runner, params[part.name]
+  if around is None:
+    x, states, aux = stack.run(*told, x, ctx, states)
+    return Hidden(finish(x), states, aux)
+  for layers in around.at:
+    stack.upto(part.segments, layers)
+  wrap = lambda apply, layer: around.step(apply, layer, finish)
+  (x, kept), states, aux = stack.run(*told, (x, around.start(x)), ctx, states, wrap)
+  return Hidden(finish(x), states, dict(aux, around=around.end(kept, finish)))
 
 
 def _initial(part: Stack, ends: Ends, params: Params, rows: int, length: int) -> dict:

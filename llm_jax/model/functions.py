@@ -15,7 +15,7 @@ class Hidden(NamedTuple):
   """What the layers make of a batch.
 
   x: [batch, length, embed], after the final norm. states: as given, moved on; None without. aux: losses by name,
-  [batch], each the mean over a row's tokens, summed over layers (see `model/ffn.py`).
+  [batch], each the mean over a row's tokens, summed over layers (see `model/ffn.py`); and `around`, where asked for.
   """
 
   x: jax.Array
@@ -28,10 +28,12 @@ class Model(NamedTuple):
 
   init(key) -> params, plain f32 arrays; call it outside a mesh, or under jit with out_shardings.
   axes: a tree like params with a tuple of axis names for every leaf.
-  hidden(params, batch, *, states=None, rng=None) -> Hidden; dropout is on when there is a key `rng`. Besides `inputs`,
-    a batch may have `positions`, `segments` (packed documents), `prefix`, `encoder/*`, and for parallel context windows
-    `windows` [batch, t], with a state also `slots` [batch, t] and `slot_windows` [batch, slots]. `pages` [batch, n]:
-    the attention states are pools (model/paged.py).
+  hidden(params, batch, *, states=None, rng=None, layers=None, around=None) -> Hidden; dropout is on when there is a key
+    `rng`. layers: run only the decoder's first ones (states may be those of all; those that come back are theirs).
+    around: what looks in between, see `model/depth.py`. Besides `inputs`, a batch may have `positions`, `segments`
+    (packed documents), `prefix`, `encoder/*`, and for parallel context windows `windows` [batch, t], with a state also
+    `slots` [batch, t] and `slot_windows` [batch, slots]. `pages` [batch, n]: the attention states are pools
+    (model/paged.py).
   logits(params, x [batch, length, embed]) -> f32 [batch, length, rows]; reads only `head(params)`.
   head(params) -> the part of params that logits reads.
   states(params, batch, length) -> an empty context of `length` slots per row of batch['inputs'], every leaf

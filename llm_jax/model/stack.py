@@ -101,19 +101,50 @@ def run(
   x: jax.Array,
   ctx: Context,
   states: dict | None,
-) -> tuple[jax.Array, dict | None, dict[str, jax.Array]]:
-  """All segments, one after the other. x: [batch, t, embed]."""
+  wrap: Callable | None = None,
+) -> tuple[Any, dict | None, dict[str, jax.Array]]:
+  """All segments, one after the other. x: [batch, t, embed], or what the functions `wrap(apply, layer)` take in its
+  place (see model/depth.py). params, states: may have more repeats than the stack, whose are then the first.
+  """
   after, total, first = {}, {}, 0
   for key, segment in zip(keys(stack), stack, strict=True):
-    apply = _repeat(segment.blocks, ctx, first)
-    state = None if states is None else states[key]
-    if isinstance(params[key], tuple):
-      x, after[key], aux = _each(apply, params[key], x, state)
+    apply, n = _repeat(segment.blocks, ctx, first), segment.repeats
+    if wrap is not None:
+      apply = wrap(apply, functools.partial(_done, first, len(segment.blocks)))
+    own, state = (None if tree is None else _first(tree[key], n) for tree in (params, states))
+    if isinstance(own, tuple):
+      x, after[key], aux = _each(apply, own, x, state)
     else:
-      x, after[key], aux = runner(apply, params[key], x, state, segment.repeats)
+      x, after[key], aux = runner(apply, own, x, state, n)
     total = add(total, aux)
-    first += segment.repeats * len(segment.blocks)
+    first += n * len(segment.blocks)
   return x, None if states is None else after, total
+
+
+def upto(stack: tuple[Segment, ...], layers: int) -> tuple[Segment, ...]:
+  """The stack's first blocks, as many as `layers`. Raises `UserError` where that is not the end of a repeat."""
+  found, left = [], layers
+  for segment in stack:
+    found.append(segment._replace(repeats=min(segment.repeats, left // len(segment.blocks))))
+    left -= found[-1].repeats * len(segment.blocks)
+    if not left and layers >= 0:
+      return tuple(s for s in found if s.repeats)
+  ends = [0]
+  for segment in stack:
+    ends += [ends[-1] + (i + 1) * len(segment.blocks) for i in range(segment.repeats)]
+  raise UserError(f'no repeat of the pattern ends after {layers} layers: choose one of {ends}')
+
+
+def _done(first: int, size: int, index: Any) -> Any:
+  """The number of blocks done after a repeat."""
+  return first + (index + 1) * size
+
+
+def _first(tree: Any, n: int) -> Any:
+  """The first n repeats of parameters or states that have at least as many."""
+  if isinstance(tree, tuple):  # they lie apart
+    return tree[:n]
+  return jax.tree.map(lambda x: x if x.shape[0] == n else x[:n], tree)
 
 
 def _repeat(blocks: tuple[Block, ...], ctx: Context, first: int) -> Callable:
