@@ -72,7 +72,7 @@ def llama_cpp(path: str, batch: int) -> Callable:
   told.n_batch, told.n_ubatch = 4096, 512
   told.cpuparams.n_threads = told.cpuparams_batch.n_threads = os.cpu_count()
   told.warmup, told.cache_prompt, told.cont_batching = True, False, True
-  told.cache_ram_mib = 0
+  told.cache_ram_mib, told.verbosity = 0, -1
   server = lib.Server(told)
 
   def make(rows: np.ndarray) -> Callable[[int], None]:

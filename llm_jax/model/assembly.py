@@ -294,14 +294,17 @@ def _run(
 
 def _initial(part: Stack, ends: Ends, params: Params, rows: int, length: int) -> dict:
   def place(path: str, x: jax.Array) -> jax.Array:
-    slots = path.endswith(
-      ('/k', '/v', '_k', '_v')
-    )  # of attention; what else there is has other axes
-    rest = ('length', 'groups', 'head_dim') if slots else (None,) * (x.ndim - 2)
+    rest = (None,) * (x.ndim - 2)
+    if path.endswith(
+      ('/k', '/v')
+    ):  # of attention, and its rings; what else there is has other axes
+      rest = ('groups', 'length', 'head_dim')
+    elif path.endswith(('_k', '_v')):
+      rest = ('length', 'groups', 'head_dim')
     return mesh.shard(x, 'layers', 'batch', *rest)
 
   states = stack.initial(part.segments, rows, length, ends.embed, ends.dtype)
-  if stack.is_apart(params[part.name]):
+  if stack.is_apart(params.get(part.name, {})):
     states = stack.apart(states)
   return tree_lib.map_paths(place, states)
 
@@ -309,7 +312,7 @@ def _initial(part: Stack, ends: Ends, params: Params, rows: int, length: int) ->
 def _length(states: Any) -> int | None:
   """The number of slots of the attention states; None without."""
   flat = {} if states is None else tree_lib.flatten(states)
-  return next((x.shape[2] for path, x in flat.items() if path.endswith('mixer/k')), None)
+  return next((x.shape[3] for path, x in flat.items() if path.endswith('mixer/k')), None)
 
 
 def _real(batch: Batch, states: Any) -> jax.Array | None:

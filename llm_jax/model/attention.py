@@ -89,13 +89,26 @@ def _attend(
 
 def write(state: State, new: State, slots: jax.Array) -> State:
   """The state with `new` [batch, t, ...] written at `slots` [batch, t]; a slot beyond the end is left out."""
+  return {name: _at_slots(state[name], slots, new[name], (slice(None),)) for name in state}
+
+
+def keep(state: State, new: State, slots: jax.Array) -> State:
+  """`write` for keys and values: the state's are [batch, groups, length, head_dim], as products read them."""
+  return {name: _at_slots(state[name], slots, new[name], (slice(None),) * 2) for name in state}
+
+
+def read(state: State, dtype: Any) -> tuple[jax.Array, jax.Array]:
+  """(keys, values) of a state, [batch, length, groups, head_dim]."""
+  k, v = (jnp.swapaxes(state[name], 1, 2).astype(dtype) for name in ('k', 'v'))
+  return k, v
+
+
+def _at_slots(old: jax.Array, slots: jax.Array, x: jax.Array, axes: tuple) -> jax.Array:
+  """`old` with `x` [batch, t, ...] at the slots of the axis behind `axes`."""
   rows = jnp.arange(slots.shape[0])[:, None]
-
-  def one(old: jax.Array, x: jax.Array) -> jax.Array:
-    out = jax.typeof(old).sharding if mesh.is_explicit() else None
-    return old.at[rows, slots].set(x.astype(old.dtype), mode='drop', out_sharding=out)
-
-  return {name: one(state[name], new[name]) for name in state}
+  out = jax.typeof(old).sharding if mesh.is_explicit() else None
+  place = old.at[(rows, *axes[1:], slots)]
+  return place.set(x.astype(old.dtype), mode='drop', out_sharding=out)
 
 
 def _ring(module: nn.Module, state: State, k: jax.Array, v: jax.Array, ctx: Context) -> tuple:
@@ -178,8 +191,8 @@ class SelfAttention(nn.Module):
     else:
       places, mask = ctx.positions, ctx.mask
       if state is not None:
-        state = write(state, dict(k=k, v=v), ctx.mask.queries)
-        k, v = (state[name].astype(q.dtype) for name in ('k', 'v'))
+        state = keep(state, dict(k=k, v=v), ctx.mask.queries)
+        k, v = read(state, q.dtype)
         places = jnp.arange(k.shape[1])[None]
       if self.window is not None or self.sees is not None:
         pattern = dict(window=self.window, sinks=self.sinks, sees=self.sees)
@@ -221,12 +234,12 @@ class SelfAttention(nn.Module):
 
   @nn.nowrap
   def initial(self, batch: int, length: int, embed: int, dtype: Any) -> State:
-    """{k, v: zeros [batch, length, groups, head_dim]}; with a window a ring of no more than window + sinks slots and
+    """{k, v: zeros [batch, groups, length, head_dim]}; with a window a ring of no more than window + sinks slots and
     the positions in it, -1 for none: {ring_k, ring_v, at}.
     """
     _, groups, head_dim = _sizes(self, embed)
     if not self._turns():
-      return {name: jnp.zeros((batch, length, groups, head_dim), dtype) for name in ('k', 'v')}
+      return {name: jnp.zeros((batch, groups, length, head_dim), dtype) for name in ('k', 'v')}
     size = min(length, self.window + self.sinks)
     ring = jnp.zeros((batch, size, groups, head_dim), dtype)
     return dict(ring_k=ring, ring_v=ring, at=jnp.full((batch, size), -1, jnp.int32))
@@ -257,14 +270,15 @@ class CrossAttention(nn.Module):
     q = _project(self, 'query', x, 'h', (heads, head_dim))
     mask = ctx.encoded_mask
     if state:
-      k, v = (state[name].astype(q.dtype) for name in ('k', 'v'))
+      k, v = read(state, q.dtype)
       mask = Mask(segments=(jnp.ones(x.shape[:2], jnp.int32), state['segments']))
     else:
       k = _project(self, 'key', ctx.encoded, 'g', (groups, head_dim))
       v = _project(self, 'value', ctx.encoded, 'g', (groups, head_dim))
     if state is not None and not state:
       seen = jnp.ones(k.shape[:2], jnp.int32) if mask.segments is None else mask.segments[1]
-      state = dict(k=k, v=v, segments=(seen > 0).astype(jnp.int32))
+      kept = (jnp.swapaxes(x, 1, 2) for x in (k, v))
+      state = dict(zip('kv', kept, strict=True), segments=(seen > 0).astype(jnp.int32))
     return _output(self, _attend(self, q, k, v, mask, ctx, None), x.shape[-1]), state
 
   @nn.nowrap

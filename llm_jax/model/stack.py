@@ -174,7 +174,7 @@ def apart(params: dict, free: bool = False) -> dict:
 
 def is_apart(params: dict) -> bool:
   """Whether the layers of a stack's parameters are."""
-  return isinstance(params['layers'], tuple)
+  return isinstance(params.get('layers'), tuple)
 
 
 def _apart(key: str, value: Any, free: bool) -> Any:

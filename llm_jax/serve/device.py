@@ -159,7 +159,7 @@ class Device:
     """The leaf of a row's state [1, 1, ...], as it is for all: a pool, or one for every row."""
     if not _is_paged(path):
       return jnp.repeat(x, self.sizes.rows, axis=1)
-    groups, head_dim = x.shape[3:]
+    groups, head_dim = x.shape[2], x.shape[4]
     dtype = self.sizes.dtype or x.dtype
     pool = paged.pool(groups, self.sizes.pages, self.sizes.page, head_dim, dtype)
     return jax.tree.map(lambda x: x[None], pool)
@@ -184,7 +184,7 @@ def slot_bytes(model: Any, params: Any, dtype: str | None) -> int:
   states = jax.eval_shape(lambda params: model.states(params, one, 1), params)
 
   def count(x: jax.Array) -> int:
-    groups, head_dim = x.shape[3:]
+    groups, head_dim = x.shape[2], x.shape[4]
     pool = jax.eval_shape(lambda: paged.pool(groups, 1, 1, head_dim, dtype or x.dtype))
     return x.shape[0] * tree.nbytes(pool)
 

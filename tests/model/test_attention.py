@@ -198,6 +198,24 @@ def test_writing_leaves_other_slots_and_rows_alone():
   new = dict(k=jnp.arange(1.0, 5).reshape(2, 2, 1, 1))
   got = attention.write(state, new, jnp.array([[0, 1], [3, 5]]))['k'][..., 0, 0]
   np.testing.assert_array_equal(got, [[1, 2, 0, 0, 0], [0, 0, 0, 3, 0]])  # slot 5 is beyond the end
+  state = dict(k=jnp.zeros((2, 1, 5, 1)))  # the same where groups come first
+  kept = attention.keep(state, new, jnp.array([[0, 1], [3, 5]]))['k'][:, 0, :, 0]
+  np.testing.assert_array_equal(kept, got)
+
+
+@pytest.mark.parametrize('groups', [1, 2, 4])
+def test_one_query_is_the_formula(groups):
+  rng = np.random.default_rng(0)
+  q, k, v = (rng.normal(size=(2, t, n, 8)) for t, n in ((1, 4), (7, groups), (7, groups)))
+  bias, at = rng.normal(size=(1, 4, 1, 7)), np.array([[4], [6]])
+  q, k, v, bias = (jnp.asarray(x, jnp.float32) for x in (q, k, v, bias))
+  got = kernels.reference(q, k, v, Mask(True, queries=jnp.asarray(at)), bias, 0.3, 2.0)
+  for row, end in enumerate(at[:, 0] + 1):
+    for head in range(4):
+      own = k[row, :end, head * groups // 4] @ q[row, 0, head] * 0.3
+      own = 2 * np.tanh(own / 2) + bias[0, head, 0, :end]
+      p = np.exp(own - own.max()) / np.exp(own - own.max()).sum()
+      np.testing.assert_allclose(got[row, 0, head], p @ v[row, :end, head * groups // 4], atol=1e-5)
 
 
 def test_cross_attention_reads_its_state_and_not_the_encoder():

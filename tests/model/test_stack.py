@@ -72,7 +72,7 @@ def test_a_mixed_stack_decodes(tiny, ids, runner):
   np.testing.assert_allclose(x @ params['embedding']['table'].T, want, atol=1e-5)
   assert jax.tree.structure(after) == jax.tree.structure(states)
   jax.tree.map(lambda a, b: np.testing.assert_array_equal(a.shape, b.shape), after, states)
-  assert after['layers_1']['block_1']['mixer']['k'].shape == (2, 3, tiny.LENGTH, 1, 4)
+  assert after['layers_1']['block_1']['mixer']['k'].shape == (2, 3, 1, tiny.LENGTH, 4)
 
 
 def test_the_scanned_program_does_not_grow_with_depth(tiny, ids):
