@@ -272,16 +272,23 @@ def draw(logits: jax.Array, key: jax.Array, temperature: Any = 1.0) -> jax.Array
   with the row's number; or f32 [batch], numbers u in [0, 1): then the first id whose cumulative probability exceeds u.
   """
   best = jnp.argmax(logits, axis=-1).astype(jnp.int32)
-  if _on(temperature, 0) is False:
+  warm = _on(temperature, 0)
+  if warm is False:
     return best
+  if warm is True:
+    return _drawn(logits, key)
+  drawn = jax.lax.cond(warm.any(), _drawn, lambda logits, key: best, logits, key)
+  return jnp.where(warm, drawn, best)
+
+
+def _drawn(logits: jax.Array, key: jax.Array) -> jax.Array:
+  """int32 [batch]."""
   if jnp.issubdtype(key.dtype, jnp.floating):
     mass = jnp.cumsum(jax.nn.softmax(logits), axis=-1)
-    ids = jnp.sum(mass <= key[:, None] * mass[:, -1:], axis=-1).astype(jnp.int32)
-  else:
-    fold = jax.vmap(jax.random.fold_in, (None, 0))
-    keys = key if key.ndim else fold(key, jnp.arange(logits.shape[0]))
-    ids = jax.vmap(jax.random.categorical)(keys, logits).astype(jnp.int32)
-  return ids if _on(temperature, 0) is True else jnp.where(temperature == 0, best, ids)
+    return jnp.sum(mass <= key[:, None] * mass[:, -1:], axis=-1).astype(jnp.int32)
+  fold = jax.vmap(jax.random.fold_in, (None, 0))
+  keys = key if key.ndim else fold(key, jnp.arange(logits.shape[0]))
+  return jax.vmap(jax.random.categorical)(keys, logits).astype(jnp.int32)
 
 
 def sample(

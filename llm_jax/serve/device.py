@@ -92,6 +92,12 @@ class Device:
 
   def warm_up(self) -> None:
     """Compiles everything there is to compile."""
+    for _ in range(
+      2
+    ):  # what a program returned counts as another kind of input than what was made outside
+      self._try_all()
+
+  def _try_all(self) -> None:
     nobody = np.full((1, self.sizes.table), -1, np.int32)
     x = self.read(np.zeros(CHUNK, np.int32), 0, 0, nobody[0], 0)
     self.prompt_logp(x, np.zeros(CHUNK, np.int32))

@@ -53,7 +53,7 @@ class Engine:
     memory: float = 1.0,
     kv: str | None = None,
     queue: int = 256,
-    chunks: int = 2,
+    chunks: int = 4,
     prefix_cache: bool = True,
     allowed: np.ndarray | None = None,
   ):
