@@ -12,6 +12,7 @@ as the longest row goes. What a block adds that a row may not see is exactly not
 on how far the others go.
 """
 
+import functools
 from typing import Any
 
 import jax
@@ -81,13 +82,31 @@ def attend(
   """[batch, t, heads, head_dim]: each query over the slots up to its own.
 
   q: [batch, t, heads, head_dim]; k, v: pools; slots: int32 [batch, t]. cap: see model/kernels.py. block: slots at a
-  time, rounded up to pages.
+  time, rounded up to pages. On a TPU one query per row, with heads as wide as its registers (a multiple of 128) and
+  plain pools, goes through the kernel of jax.experimental.pallas.ops.tpu.
   """
-  (b, t, h, n), (groups, _, size, _) = q.shape, k.shape
-  per = -(-block // size)
-  block = per * size
+  per = -(-block // k.shape[2])
   table = jnp.pad(table, ((0, 0), (0, -table.shape[1] % per)), constant_values=-1)
-  q = q * jnp.asarray(n**-0.5 if scale is None else scale, q.dtype)
+  q = q * jnp.asarray(q.shape[3] ** -0.5 if scale is None else scale, q.dtype)
+  walk = functools.partial(_walk, cap=cap, per=per)
+  if q.shape[1] > 1 or q.shape[3] % 128 or isinstance(k, weights.Quantized):
+    return walk(q, k, v, table, slots)
+  kernel = functools.partial(_tpu, cap=cap, per=per)
+  return jax.lax.platform_dependent(q, k, v, table, slots, tpu=kernel, default=walk)
+
+
+def _tpu(q, k, v, table, slots, *, cap: float | None, per: int) -> jax.Array:
+  """One scaled query per row. The import takes half a second, and only models with wide heads need it."""
+  from jax.experimental.pallas.ops.tpu.paged_attention import paged_attention
+
+  told = dict(pages_per_compute_block=per, attn_logits_soft_cap=cap)
+  return paged_attention(q[:, 0], k, v, slots[:, 0] + 1, jnp.maximum(table, 0), **told)[:, None]
+
+
+def _walk(q, k, v, table, slots, *, cap: float | None, per: int) -> jax.Array:
+  """Scaled queries; a block of `per` pages at a time."""
+  (b, t, h, n), (groups, _, size, _) = q.shape, k.shape
+  block = per * size
   q = q.reshape(b, t, groups, h // groups, n).transpose(2, 0, 3, 1, 4).reshape(groups, b, -1, n)
   seen_by = jnp.tile(slots, (1, h // groups))[None, :, :, None]  # [1, b, m * t, 1]
 

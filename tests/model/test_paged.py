@@ -6,6 +6,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from jax.experimental.pallas import tpu as pltpu
 
 from llm_jax.core import weights
 from llm_jax.decode.generate import generate
@@ -52,6 +53,30 @@ def test_a_row_has_the_same_bits_however_far_the_others_go():
   run = functools.partial(paged.attend, q, state['k'], state['v'], table, block=8)
   near, far = run(np.array([[8], [0], [0]])), run(np.array([[8], [39], [16]]))
   assert (near[0] == far[0]).all() and (near[1] != far[1]).any()
+
+
+def wide(dtype=jnp.float32) -> tuple:
+  """(queries, pools, table, slots) whose heads are wide enough for the kernel of TPUs."""
+  rng = np.random.default_rng(0)
+  k, v = (jnp.asarray(rng.normal(size=(2, 16, 16, 128)), dtype) for _ in 'kv')
+  q = jnp.asarray(rng.normal(size=(2, 1, 8, 128)), dtype)
+  return q, k, v, np.array([[3, 5, 7, 9], [1, 2, -1, -1]]), np.array([[50], [20]])
+
+
+def test_tpus_use_their_kernel_and_others_do_not():
+  traced = jax.jit(paged.attend).trace(*wide())
+  assert 'tpu_custom_call' in traced.lower(lowering_platforms=('tpu',)).as_text()
+  assert 'custom_call' not in traced.lower(lowering_platforms=('cpu',)).as_text()
+
+
+@pytest.mark.parametrize('cap', [None, 3.0])
+def test_the_kernel_of_tpus_agrees(cap):
+  q, k, v, table, slots = wide()
+  table = np.pad(table, ((0, 0), (0, 4)), constant_values=-1)
+  with pltpu.force_tpu_interpret_mode():
+    found = jax.jit(functools.partial(paged._tpu, cap=cap, per=8))(q / 128**0.5, k, v, table, slots)
+  expected = paged.attend(q, k, v, table, slots, cap=cap)
+  np.testing.assert_allclose(found, expected, atol=0.02)  # its products are of bfloat16
 
 
 def test_slots_without_a_page_and_padding_are_not_written():
