@@ -13,6 +13,7 @@ from scipy import stats
 from llm_jax.core import mesh
 from llm_jax.core.errors import UserError
 from llm_jax.decode import drafts, generate, speculative
+from llm_jax.model import stack
 from tests.decode import kinds
 from tests.decode.kinds import KEY, KINDS, PROMPTS, make, pad
 
@@ -184,6 +185,16 @@ def test_greedy_tokens_are_those_of_greedy_decoding(kind, name):
   out = speculative.generate(model, params, *given, draft=draft_of(name, kind), gamma=3, **told)
   same(out, plain)
   assert 1 <= out.per_step().max() <= 4
+
+
+@pytest.mark.parametrize('kind', ['causal', 'encoder_decoder', 'recurrent'])
+def test_with_layers_apart(kind):
+  model, params = make(kind)
+  given, told = (*pad([p or [6] for p in PROMPTS]), KEY), dict(max_new=12, temperature=0.0, eos=9)
+  plain = generate.generate(model, params, *given, **told)
+  params = stack.apart(params)
+  for draft in (drafts.by_ngram(), drafts.by_early_exit(1)):
+    same(speculative.generate(model, params, *given, draft=draft, gamma=2, **told), plain)
 
 
 def test_a_draft_that_is_the_model_is_accepted_throughout():
