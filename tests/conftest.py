@@ -5,9 +5,12 @@ compiled as users have them. `LLM_JAX_TEST_CACHE` names the folder of the compil
 data caches live in a temporary folder.
 """
 
+import gc
 import os
 import shutil
 import tempfile
+
+import pytest
 
 os.environ.setdefault('JAX_PLATFORMS', 'cpu')
 os.environ.setdefault('TF_CPP_MIN_LOG_LEVEL', '3')
@@ -28,3 +31,21 @@ def pytest_configure(config):
 
 def pytest_unconfigure(config):
   shutil.rmtree(config.llm_jax_cache, ignore_errors=True)
+
+
+@pytest.fixture(autouse=True, scope='module')
+def mappings():
+  """Lets go of compiled programs before a process has more memory mappings than Linux allows (65,530 by default).
+
+  Every program on a CPU takes a few, and what comes after the last one allowed is a segmentation fault. They are in the
+  cache on disk.
+  """
+  yield
+  if os.path.exists('/proc/self/maps'):
+    with open('/proc/self/maps', 'rb') as f:
+      many = sum(1 for _ in f) > 20_000
+    if many:
+      import jax
+
+      jax.clear_caches()
+      gc.collect()

@@ -136,13 +136,13 @@ def test_seed_temperature_preset_and_step_are_heard(call):
   assert run('--temperature=0', '--step=2') == greedy != run('--temperature=0', '--step=1')
 
 
-def test_beams_find_a_likelier_text_than_greedy(workdir, call):
+def test_beams_find_no_less_likely_a_text_than_greedy(workdir, call):
   model, params, words = command.load(workdir)
   told = dict(eos=words.eos, start=words.start, max_new=8)
   ids = np.array([words.encode('A')])
   greedy = generate.generate(model, params, ids, [1], jax.random.key(0), temperature=0.0, **told)
   out = beam.search(model, params, ids, [1], length_penalty=beam.none, **told)
-  assert out.scores[0, 0] > greedy.logp[0].sum()
+  assert out.scores[0, 0] >= greedy.logp[0].sum() - 1e-4
   run = lambda *flags: call('--prompt=A', '--max_new=8', *flags)[0]
   best = run('--beams=4', '--length_penalty=none')
   kept = np.asarray(out.tokens)[0, 0, : int(out.lengths[0, 0])]
