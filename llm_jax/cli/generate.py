@@ -33,6 +33,7 @@ from llm_jax.core.errors import UserError, nearest
 from llm_jax.data import vocab
 from llm_jax.decode import beam, constrain, generate
 from llm_jax.decode import logits as logits_lib
+from llm_jax.decode import prompts as prompts_lib
 from llm_jax.model import stack
 from llm_jax.train import checkpoint
 
@@ -245,7 +246,7 @@ def _prompts(given: flags.FlagValues) -> list[str]:
 
 def _note_end(model: Any, words: Any, prompts: list[str], max_new: int) -> None:
   """Says beforehand when a table of learned positions will end the text early."""
-  limit = generate.limit(model)
+  limit = prompts_lib.limit(model)
   longest = (
     0 if model.card.kind == 'encoder_decoder' else max(len(words.encode(p)) for p in prompts)
   )

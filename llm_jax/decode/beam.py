@@ -190,21 +190,19 @@ def search(
   n = beams if n is None else n
   _check(beams, groups, n, early_stopping)
   laid = prompts_lib.lay(model, prompts, lengths, max_new, start)
-  if bias is not None:
-    bias = np.pad(np.asarray(bias, np.float32), (0, model.card.rows - model.card.vocab))
+  rules = prompts_lib.rules(model, eos, allowed, bias, banned)
   fixed = _Fixed(
-    ends=np.atleast_1d(np.asarray([] if eos is None else eos, np.int32)),
-    allowed=prompts_lib.permitted(model, allowed),
-    bias=bias,
+    ends=rules.ends,
+    allowed=rules.allowed,
+    bias=rules.bias,
     context={k: np.repeat(v, beams, axis=0) for k, v in laid.context.items()},
     divisors=np.asarray(length_penalty(np.arange(1.0, max_new + 1)), np.float32),
     most=np.minimum(max_new, laid.slots - laid.last).astype(np.int32),
     diversity=np.float32(diversity),
   )
   functions = steps.functions(model, laid.slots)
-  banned = tuple(tuple(map(int, ids)) for ids in banned)
   ways = beams, groups, n, early_stopping
-  static = _Static(functions, model.card.rows, chosen, banned, max_new, *ways)
+  static = _Static(functions, model.card.rows, chosen, rules.banned, max_new, *ways)
   out = _search(static, params, laid.batch, laid.last, laid.live, fixed)
   batch = np.shape(prompts)[0]
   return out if len(out.tokens) == batch else jax.tree.map(lambda x: x[:batch], out)
@@ -260,9 +258,7 @@ def _search(
   states = steps.repeat(states, static.beams)
   seen = None
   if logits_lib.needs_seen(static.sampling) or static.banned:
-    real = jnp.arange(inputs.shape[1]) <= last[:, None]
-    tokens = jnp.pad(jnp.where(real, inputs, -1), ((0, 0), (0, static.max_new)), constant_values=-1)
-    seen = logits_lib.Seen(tokens, last + 1, last + 1)
+    seen = logits_lib.Seen.begin(inputs, last, static.max_new)
   group, tree = _empty(static, live, fixed)
   carry = _extend(static, params, fixed, _Carry(jnp.int32(0), last, group, states, seen, tree), x)
 

@@ -77,10 +77,8 @@ def amateur(expert: Any, weak: Any, *, alpha: float = 0.1, temperature: float = 
   """
   if not 0 < alpha <= 1 or not temperature > 0:
     raise UserError(f'alpha must be in (0, 1], temperature positive; got {alpha}, {temperature}')
+  prompts_lib.check_alike(expert, weak, 'amateur')
   own, other = expert.card, weak.card
-  if (own.kind, own.vocab, own.rows) != (other.kind, other.vocab, other.rows):
-    sizes = f'{other.kind} with {other.rows} logits, the expert {own.kind} with {own.rows}'
-    raise UserError(f'the amateur is {sizes}: choose one of the same kind and vocabulary')
   pair = dict(expert=expert, amateur=weak)
 
   def hidden(params: dict, batch: dict, *, states: Any = None, rng: Any = None) -> Any:
@@ -289,14 +287,11 @@ def search(
   if not 0 <= alpha <= 1 or not 1 <= k <= model.card.vocab:
     raise UserError(f'alpha must be in [0, 1] and k in 1 to {model.card.vocab}; got {alpha}, {k}')
   laid = prompts_lib.lay(model, prompts, lengths, max_new, start, spare=1)  # the last token is read
-  if bias is not None:
-    bias = np.pad(np.asarray(bias, np.float32), (0, model.card.rows - model.card.vocab))
-  banned = tuple(tuple(map(int, ids)) for ids in banned)
-  static = _Static(steps.functions(model, laid.slots), chosen, banned, max_new, k)
-  told = dict(allowed=prompts_lib.permitted(model, allowed), bias=bias)
-  ends = np.atleast_1d(np.asarray(-1 if eos is None else eos, np.int32))
+  rules = prompts_lib.rules(model, eos, allowed, bias, banned)
+  static = _Static(steps.functions(model, laid.slots), chosen, rules.banned, max_new, k)
+  told = dict(allowed=rules.allowed, bias=rules.bias)
   given = laid.batch, laid.context, laid.last, laid.live
-  out = _search(static, params, np.float32(alpha), ends, told, *given)
+  out = _search(static, params, np.float32(alpha), rules.ends, told, *given)
   count = np.shape(prompts)[0]
   return out if len(laid.last) == count else jax.tree.map(lambda x: x[:count], out)
 
@@ -317,10 +312,6 @@ def _search(
   hidden = f.hidden(params, batch, states=f.states(params, batch, f.slots))
   x = jnp.take_along_axis(hidden.x, last[:, None, None], axis=1)[:, 0]
   past = jnp.pad(_unit(hidden.x), ((0, 0), (0, max(f.slots - hidden.x.shape[1], 0)), (0, 0)))
-  real = jnp.arange(batch['inputs'].shape[1]) <= last[:, None]
-  tokens = jnp.where(real, batch['inputs'], -1)
-  tokens = jnp.pad(tokens, ((0, 0), (0, static.max_new)), constant_values=-1)
-  shape = rows, static.max_new
   carry = _Carry(
     made=jnp.int32(0),
     x=x,
@@ -328,10 +319,8 @@ def _search(
     done=~live,
     states=hidden.states,
     past=past,
-    seen=logits_lib.Seen(tokens, last + 1, last + 1),
-    out=generate_lib.Output(
-      jnp.zeros(shape, jnp.int32), jnp.zeros(rows, jnp.int32), jnp.zeros(shape)
-    ),
+    seen=logits_lib.Seen.begin(batch['inputs'], last, static.max_new),
+    out=generate_lib.Output.empty(rows, static.max_new),
   )
   context = steps.repeat(context, static.k, axis=0)
   step = functools.partial(_search_step, static, params, alpha, ends, told, context)
@@ -363,13 +352,7 @@ def _search_step(
   score = jnp.where(p > 0, (1 - alpha) * p - alpha * alike, -jnp.inf)
   best = jnp.argmax(score, axis=1)
   token, x = ids[rows, best].astype(jnp.int32), h[rows, best]
-  logp = jnp.take_along_axis(jax.nn.log_softmax(raw), token[:, None], axis=1)[:, 0]
-  token, logp = jnp.where(carry.done, 0, token), jnp.where(carry.done, 0.0, logp)
-  out = generate_lib.Output(
-    jax.lax.dynamic_update_slice(carry.out.tokens, token[:, None], (0, carry.made)),
-    carry.out.lengths + ~carry.done,
-    jax.lax.dynamic_update_slice(carry.out.logp, logp[:, None], (0, carry.made)),
-  )
+  out = carry.out.add(carry.made, token, raw, carry.done)
   seen = carry.seen.add(jnp.where(carry.done, -1, token))
   done = carry.done | (position >= f.slots) | (token[:, None] == ends).any(-1)
   return _Carry(

@@ -18,7 +18,7 @@ import jax
 import jax.numpy as jnp
 
 from llm_jax.core.errors import UserError
-from llm_jax.decode import steps
+from llm_jax.decode import prompts, steps
 from llm_jax.decode.logits import Seen
 
 
@@ -94,8 +94,7 @@ def by_early_exit(layers: int) -> Draft:
 
 def _start_model(told: Told, params: Any, batch: dict, last: jax.Array) -> dict:
   _, states = steps.prefill(told.f, params, batch, last)
-  context = {k: v for k, v in batch.items() if k not in ('inputs', 'positions', 'segments')}
-  return dict(states=states, context=context)
+  return dict(states=states, context=prompts.context(batch))
 
 
 def _propose_model(

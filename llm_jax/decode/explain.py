@@ -68,18 +68,12 @@ def steps(
   """
   chosen = logits_lib.check(**sampling)
   laid = prompts_lib.lay(model, *prompts_lib.pad(model, [prompt]), max_new, start)
-  static = _Static(
-    steps_lib.functions(model, laid.slots), chosen, tuple(tuple(map(int, b)) for b in banned)
-  )
-  if bias is not None:
-    bias = np.pad(np.asarray(bias, np.float32), (0, model.card.rows - model.card.vocab))
-  told = dict(allowed=prompts_lib.permitted(model, allowed), bias=bias)
+  rules = prompts_lib.rules(model, eos, allowed, bias, banned)
+  static = _Static(steps_lib.functions(model, laid.slots), chosen, rules.banned)
+  told = dict(allowed=rules.allowed, bias=rules.bias)
   names = [name for name, _ in logits_lib.processors(chosen, banned=static.banned, **told)]
-  keys = jax.vmap(jax.random.fold_in, (None, 0))(key, np.arange(len(laid.last)) * laid.live)
-  width = laid.batch['inputs'].shape[1]
-  tokens = np.where(np.arange(width) <= laid.last[:, None], laid.batch['inputs'], -1)
-  tokens = jnp.pad(tokens, ((0, 0), (0, max_new)), constant_values=-1)
-  seen = logits_lib.Seen(tokens, jnp.asarray(laid.last + 1), jnp.asarray(laid.last + 1))
+  keys = prompts_lib.row_keys(key, None, 1, len(laid.last))
+  seen = logits_lib.Seen.begin(laid.batch['inputs'], laid.last, max_new)
   x, states = _read(static, params, laid.batch, laid.last)
   for made in range(max_new):
     probabilities, token = _look(static, params, told, x, seen, keys, np.int32(made))

@@ -16,7 +16,7 @@ from llm_jax.core.errors import UserError
 from llm_jax.decode import logits as logits_lib
 from llm_jax.decode import prompts as prompts_lib
 from llm_jax.decode import steps
-from llm_jax.decode.prompts import START, limit  # noqa: F401 (part of this module's interface)
+from llm_jax.decode.prompts import START
 
 
 class Output(NamedTuple):
@@ -27,6 +27,20 @@ class Output(NamedTuple):
   tokens: jax.Array
   lengths: jax.Array
   logp: jax.Array
+
+  @staticmethod
+  def empty(rows: int, max_new: int) -> 'Output':
+    """Before the first token."""
+    tokens, logp = jnp.zeros((rows, max_new), jnp.int32), jnp.zeros((rows, max_new))
+    return Output(tokens, jnp.zeros(rows, jnp.int32), logp)
+
+  def add(self, made: jax.Array, token: jax.Array, logits: jax.Array, done: jax.Array) -> 'Output':
+    """With `token` [rows] as number `made`, but for rows that are `done`. logits: the model's, f32 [rows, vocab]."""
+    logp = jnp.take_along_axis(jax.nn.log_softmax(logits), token[:, None], axis=1)
+    put = lambda old, new: jax.lax.dynamic_update_slice(
+      old, jnp.where(done[:, None], jnp.zeros_like(new), new), (0, made)
+    )
+    return Output(put(self.tokens, token[:, None]), self.lengths + ~done, put(self.logp, logp))
 
 
 class _Static(NamedTuple):
@@ -242,11 +256,8 @@ def _prefill(
   states, rows = steps.repeat(states, static.n), len(last)
   seen = None
   if logits_lib.needs_seen(static.sampling) or static.banned:
-    real = jnp.arange(inputs.shape[1]) <= last[:, None]
-    tokens = jnp.pad(jnp.where(real, inputs, -1), ((0, 0), (0, static.max_new)), constant_values=-1)
-    seen = logits_lib.Seen(tokens, last + 1, last + 1)
-  shape = rows, static.max_new
-  out = Output(jnp.zeros(shape, jnp.int32), jnp.zeros(rows, jnp.int32), jnp.zeros(shape))
+    seen = logits_lib.Seen.begin(inputs, last, static.max_new)
+  out = Output.empty(rows, static.max_new)
   carry = _Carry(jnp.int32(0), jnp.zeros(rows, jnp.int32), last, ~live, states, seen, out)
   return _draw(static, params, fixed, carry, x, states)
 
@@ -280,13 +291,8 @@ def _draw(
   told = dict(allowed=fixed.allowed, bias=fixed.bias, banned=static.banned)
   settings = static.sampling._asdict()
   token = logits_lib.sample(logits, keys, seen=carry.seen, **told, **settings)
-  logp = jnp.take_along_axis(jax.nn.log_softmax(logits), token[:, None], axis=1)[:, 0]
-  token, logp = jnp.where(carry.done, 0, token), jnp.where(carry.done, 0.0, logp)
-  out = Output(
-    jax.lax.dynamic_update_slice(carry.out.tokens, token[:, None], (0, carry.made)),
-    carry.out.lengths + ~carry.done,
-    jax.lax.dynamic_update_slice(carry.out.logp, logp[:, None], (0, carry.made)),
-  )
+  out = carry.out.add(carry.made, token, logits, carry.done)
+  token = jnp.where(carry.done, 0, token)
   seen = carry.seen and carry.seen.add(jnp.where(carry.done, -1, token))
   position = carry.position + 1
   done = carry.done | (position >= static.model.slots)  # no slot left to feed the token to
@@ -326,15 +332,10 @@ def _start(
     keys = np.zeros((total, max_new), np.float32)
     keys[: np.shape(prompts)[0] * n] = uniforms
   else:
-    rows = np.arange(np.shape(prompts)[0] * n) if rows is None else np.asarray(rows)
-    rows = np.concatenate([rows, np.zeros(total - len(rows), rows.dtype)])
-    keys = jax.vmap(jax.random.fold_in, (None, 0))(key, rows)
-  if bias is not None:
-    bias = np.pad(np.asarray(bias, np.float32), (0, model.card.rows - model.card.vocab))
-  ends = np.atleast_1d(np.asarray(-1 if eos is None else eos, np.int32))
-  fixed = _Fixed(keys, ends, prompts_lib.permitted(model, allowed), bias, laid.context)
+    keys = prompts_lib.row_keys(key, rows, np.shape(prompts)[0] * n, total)
+  rules = prompts_lib.rules(model, eos, allowed, bias, banned)
+  fixed = _Fixed(keys, rules.ends, rules.allowed, rules.bias, laid.context)
   if n > 1:  # of the encoder nothing is read again
     fixed = fixed._replace(context={k: np.repeat(v, n, axis=0) for k, v in laid.context.items()})
-  banned = tuple(tuple(map(int, ids)) for ids in banned)
-  static = _Static(steps.functions(model, laid.slots), chosen, banned, max_new, n)
+  static = _Static(steps.functions(model, laid.slots), chosen, rules.banned, max_new, n)
   return static, fixed, _prefill(static, params, laid.batch, laid.last, laid.live, fixed)

@@ -56,6 +56,13 @@ class Seen(NamedTuple):
   prompt: jax.Array
   length: jax.Array
 
+  @staticmethod
+  def begin(inputs: jax.Array, last: jax.Array, room: int) -> 'Seen':
+    """What the decoder reads of the prompts, [rows, t] with the last token at `last` [rows], and room for an answer."""
+    tokens = jnp.where(jnp.arange(inputs.shape[1]) <= last[:, None], inputs, -1)
+    tokens = jnp.pad(tokens, ((0, 0), (0, room)), constant_values=-1)
+    return Seen(tokens, jnp.asarray(last) + 1, jnp.asarray(last) + 1)
+
   def add(self, token: jax.Array) -> 'Seen':
     """With `token` [batch] at the end; -1 adds nothing."""
     rows = jnp.arange(token.shape[0])

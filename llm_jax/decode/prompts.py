@@ -16,6 +16,7 @@ import math
 from collections.abc import Iterator, Sequence
 from typing import Any, NamedTuple
 
+import jax
 import numpy as np
 
 from llm_jax.core import mesh
@@ -39,7 +40,12 @@ class Laid(NamedTuple):
   @property
   def context(self) -> dict[str, np.ndarray]:
     """What every later call is told besides the token and its position."""
-    return {k: v for k, v in self.batch.items() if k not in ('inputs', 'positions', 'segments')}
+    return context(self.batch)
+
+
+def context(batch: dict[str, Any]) -> dict[str, Any]:
+  """Of a batch, what is no token and no token's place: the prefix slots or the encoder's arrays."""
+  return {k: v for k, v in batch.items() if k not in ('inputs', 'positions', 'segments')}
 
 
 def lay(
@@ -71,6 +77,43 @@ def lay(
   encoder = dict(inputs=inputs[:, 1:], positions=_count(prompts), segments=real.astype(np.int32))
   batch |= {f'encoder/{name}': x for name, x in encoder.items()}
   return Laid(batch, zeros, int(min(max_new + spare, limit(model))), live)
+
+
+class Rules(NamedTuple):
+  """What the user rules out and where a text ends, as the compiled code takes it.
+
+  ends: int32 [n], the ids that end a text, -1 for none. allowed: bool, bias: f32, [rows of the table] or None. banned:
+  see `logits.processors`.
+  """
+
+  ends: np.ndarray
+  allowed: np.ndarray | None
+  bias: np.ndarray | None
+  banned: tuple[tuple[int, ...], ...]
+
+
+def rules(model: Any, eos: Any, allowed: Any, bias: Any, banned: Sequence[Sequence[int]]) -> Rules:
+  """The arguments of `generate.generate` with these names."""
+  ends = np.atleast_1d(np.asarray(-1 if eos is None else eos, np.int32))
+  if bias is not None:
+    bias = np.pad(np.asarray(bias, np.float32), (0, model.card.rows - model.card.vocab))
+  banned = tuple(tuple(map(int, ids)) for ids in banned)
+  return Rules(ends, permitted(model, allowed), bias, banned)
+
+
+def row_keys(key: jax.Array, rows: Any, count: int, total: int) -> jax.Array:
+  """The key of each of `total` rows, of which `count` are real: of its number in `rows`, default 0, 1, ..."""
+  numbers = np.zeros(total, np.int64)
+  numbers[:count] = np.arange(count) if rows is None else rows
+  return jax.vmap(jax.random.fold_in, (None, 0))(key, numbers.astype(np.uint32))
+
+
+def check_alike(model: Any, other: Any, name: str) -> None:
+  """Raises `UserError` unless the `other` model, called `name`, reads and writes the same tokens in the same way."""
+  own, theirs = model.card, other.card
+  if (own.kind, own.vocab, own.rows) != (theirs.kind, theirs.vocab, theirs.rows):
+    sizes = f'{theirs.kind} with {theirs.rows} logits, the model {own.kind} with {own.rows}'
+    raise UserError(f'the {name} is {sizes}: choose one of the same kind and vocabulary')
 
 
 def permitted(model: Any, allowed: Any) -> np.ndarray | None:

@@ -109,20 +109,14 @@ def generate(
   laid = prompts_lib.lay(model, prompts, lengths, max_new, start, spare=gamma)
   batch, told = _told(model, draft, gamma, (prompts, lengths, max_new, start), laid)
   count = np.shape(prompts)[0]
-  rows = np.arange(count) if rows is None else np.asarray(rows)
-  rows = np.concatenate([rows, np.zeros(len(laid.last) - len(rows), rows.dtype)])
-  keys = jax.vmap(jax.random.fold_in, (None, 0))(key, rows)
-  if bias is not None:
-    bias = np.pad(np.asarray(bias, np.float32), (0, model.card.rows - model.card.vocab))
-  ends = np.atleast_1d(np.asarray(-1 if eos is None else eos, np.int32))
+  keys = prompts_lib.row_keys(key, rows, count, len(laid.last))
+  rules = prompts_lib.rules(model, eos, allowed, bias, banned)
   most = np.minimum(max_new, prompts_lib.limit(model) - laid.last).astype(np.int32)
-  allowed = prompts_lib.permitted(model, allowed)
-  fixed = _Fixed(keys, ends, allowed, bias, most, laid.context)
+  fixed = _Fixed(keys, rules.ends, rules.allowed, rules.bias, most, laid.context)
   f = steps.functions(model, laid.slots)
   shapes = jax.eval_shape(lambda params: f.states(params, laid.batch, f.slots), params)
-  banned = tuple(tuple(map(int, ids)) for ids in banned)
   how = draft._replace(params=None, model=None)
-  static = _Static(f, how, told, chosen, banned, max_new, _rewinds(shapes))
+  static = _Static(f, how, told, chosen, rules.banned, max_new, _rewinds(shapes))
   both = params, draft.params
   out = _run(static, both, fixed, laid.batch, batch, laid.last, laid.live)
   return out if len(laid.last) == count else jax.tree.map(lambda x: x[:count], out)
@@ -132,10 +126,7 @@ def _told(model: Any, draft: drafts.Draft, gamma: int, given: tuple, laid: Any) 
   """(the draft's batch, what its functions are told)."""
   if draft.model is None:
     return laid.batch, drafts.Told(None, gamma, draft.settings)
-  own, other = model.card, draft.model.card
-  if (own.kind, own.vocab, own.rows) != (other.kind, other.vocab, other.rows):
-    sizes = f'{other.kind} with {other.rows} logits', f'{own.kind} with {own.rows}'
-    raise UserError(f'the draft is {sizes[0]}, the model {sizes[1]}: choose one of the same kind')
+  prompts_lib.check_alike(model, draft.model, 'draft')
   theirs = prompts_lib.lay(draft.model, *given, spare=gamma)
   return theirs.batch, drafts.Told(steps.functions(draft.model, theirs.slots), gamma, None)
 
@@ -161,10 +152,8 @@ def _run(
 ) -> Output:
   params, own = both
   x, states = steps.prefill(static.model, params, batch, last)
-  real = jnp.arange(batch['inputs'].shape[1]) <= last[:, None]
-  tokens = jnp.where(real, batch['inputs'], -1)
-  tokens = jnp.pad(tokens, ((0, 0), (0, static.max_new)), constant_values=-1)
-  seen, shape = Seen(tokens, last + 1, last + 1), (len(last), static.max_new)
+  seen = Seen.begin(batch['inputs'], last, static.max_new)
+  shape = len(last), static.max_new
   raw = steps.logits(static.model, params, x)
   told = static.sampling.temperature
   drawn = logits_lib.draw(_process(static, fixed, raw, seen), _keys(fixed, seen, _DRAW), told)

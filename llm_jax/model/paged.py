@@ -19,8 +19,7 @@ import jax
 import jax.numpy as jnp
 
 from llm_jax.core import weights
-
-HIDDEN = -0.7 * float(jnp.finfo(jnp.float32).max)
+from llm_jax.model.kernels import HIDDEN
 
 
 def pool(groups: int, pages: int, size: int, head_dim: int, dtype: Any) -> Any:

@@ -4,9 +4,9 @@
 Rows that nobody uses have no pages, and what is computed for them is not looked at.
 
 **Bits.** What is computed for a row must not depend on the other rows. Attention walks over pages (model/paged.py),
-everything else works row by row but for matrix products, whose order of summation XLA chooses by the number of rows: on
-CPUs the same for 8 to 32, others below and above. So no call has more than `CHUNK` = 32 rows or tokens nor fewer than
-8. tests/serve/test_engine.py holds this.
+everything else works row by row but for matrix products, whose order of summation XLA chooses by the number of rows:
+the same for 8 to 32 on the CPUs tried, others below and above. So no call has more than `CHUNK` = 32 rows or tokens nor
+fewer than 8. tests/serve/test_engine.py holds this.
 """
 
 import functools
@@ -98,6 +98,7 @@ class Device:
       self._try_all()
 
   def _try_all(self) -> None:
+    neutral = {name: getattr(logits_lib.Sampling(), name) for name in SETTINGS}
     nobody = np.full((1, self.sizes.table), -1, np.int32)
     x = self.read(np.zeros(CHUNK, np.int32), 0, 0, nobody[0], 0)
     self.prompt_logp(x, np.zeros(CHUNK, np.int32))
@@ -106,7 +107,7 @@ class Device:
       pages = np.repeat(nobody, rows, axis=0)
       x = self.step(none, none, pages, none + self.sizes.rows)
       tokens = np.full((rows, self.sizes.length), -1, np.int32)
-      settings = np.tile(np.array(list(_neutral().values()), np.float32)[:, None], (1, rows))
+      settings = np.tile(np.array(list(neutral.values()), np.float32)[:, None], (1, rows))
       seen = logits_lib.Seen(tokens, none, none)
       self.choose(x, Told(settings, none.astype(np.uint32), none, seen, None, None, False))
     self.copy(0, 0)
@@ -195,10 +196,6 @@ def slot_bytes(model: Any, params: Any, dtype: str | None) -> int:
     return x.shape[0] * tree.nbytes(pool)
 
   return sum(count(x) for path, x in tree.flatten(states).items() if _is_paged(path))
-
-
-def _neutral() -> dict[str, float]:
-  return {name: getattr(logits_lib.Sampling(), name) for name in SETTINGS}
 
 
 def _is_paged(path: str) -> bool:

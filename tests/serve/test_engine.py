@@ -147,7 +147,13 @@ def test_the_cache_gives_its_pages_up():
   with Engine(*make(), rows=2, length=LENGTH, pages=16) as engine:
     for i in range(9):
       assert len(engine.answer(Request(prompt(70 + i, 100), 8))) == 8
-    assert engine.stats()['blocks_cached'] <= 16
+    assert engine.stats()['prefix_hits_total'] == 0
+    engine.answer(
+      Request(prompt(78, 100), 8)
+    )  # the last one asked is there still, the first has gone
+    assert engine.stats()['prefix_hits_total'] == 1
+    engine.answer(Request(prompt(70, 100), 8))
+    assert engine.stats()['prefix_hits_total'] == 1
 
 
 def test_log_probabilities_are_the_models(engine):
