@@ -72,6 +72,7 @@ def takes(template: str, name: str) -> bool:
 @functools.cache
 def _compiled(template: str, trim: bool = True) -> Any:
   import jinja2
+  import jinja2.ext
   import jinja2.sandbox
 
   def raise_exception(message: str) -> None:
@@ -80,8 +81,17 @@ def _compiled(template: str, trim: bool = True) -> Any:
   def tojson(value: Any, indent: int | None = None) -> str:
     return json.dumps(value, ensure_ascii=False, indent=indent)
 
+  class Generation(jinja2.ext.Extension):
+    """Takes `{% generation %}`, with which some templates mark what the assistant says, as if it were not there."""
+
+    tags = frozenset({'generation'})
+
+    def parse(self, parser: Any) -> list:
+      next(parser.stream)
+      return parser.parse_statements(('name:endgeneration',), drop_needle=True)
+
   environment = jinja2.sandbox.ImmutableSandboxedEnvironment(
-    trim_blocks=trim, lstrip_blocks=trim, extensions=['jinja2.ext.loopcontrols']
+    trim_blocks=trim, lstrip_blocks=trim, extensions=['jinja2.ext.loopcontrols', Generation]
   )
   environment.filters['tojson'] = tojson
   environment.globals['raise_exception'] = raise_exception

@@ -10,7 +10,6 @@ A template of ours begins with `{{ bos_token }}`, which is what the model reads 
 nothing.
 """
 
-import functools
 from collections.abc import Mapping, Sequence
 from typing import Any, NamedTuple
 
@@ -189,7 +188,6 @@ class _Words(NamedTuple):
   eos: int | None
 
 
-@functools.lru_cache(maxsize=64)
 def _words(vocab: Any, template: str | None) -> _Words:
   if template is None or template == vocab.template:
     return _Words(vocab.template, getattr(vocab, 'spelling', {}), None, None)
