@@ -7,8 +7,7 @@ import numpy as np
 import pytest
 
 from llm_jax.core.errors import UserError
-from llm_jax.rl import edits, preferences
-from tests.rl.test_annotate import Fixed
+from llm_jax.rl import preferences
 
 PLANTED = dict(a=1300.0, b=1120.0, c=1000.0, d=880.0, e=700.0)
 
@@ -121,38 +120,3 @@ def test_a_plot(tmp_path):
 def test_nonsense_is_refused(call, remedy):
   with pytest.raises(UserError, match=remedy):
     call()
-
-
-def shortest(before, after):
-  """Insertions, deletions and substitutions, by trying everything."""
-  if not before or not after:
-    return len(before) + len(after)
-  return min(
-    shortest(before[1:], after[1:]) + (before[0] != after[0]),
-    shortest(before[1:], after) + 1,
-    shortest(before, after[1:]) + 1,
-  )
-
-
-def test_edits_are_shortest_and_keep_the_same_tokens():
-  rng = np.random.default_rng(0)
-  for _ in range(60):
-    before, after = (rng.integers(0, 3, rng.integers(0, 6)).tolist() for _ in range(2))
-    gone, put = edits.changed(before, after)
-    kept = [x for x, lost in zip(before, gone, strict=True) if not lost]
-    assert kept == [x for x, new in zip(after, put, strict=True) if not new]
-    assert max(gone.sum(), put.sum()) <= shortest(before, after) <= gone.sum() + put.sum()
-  gone, put = edits.changed([5, 6, 7], [5, 8, 7, 9])
-  assert gone.tolist() == [False, True, False] and put.tolist() == [False, True, False, True]
-
-
-def test_credit_goes_to_the_revised_tokens():
-  inner = Fixed()
-  batch = inner.batches[0]
-  at = {side: np.flatnonzero(batch[f'{side}/weights'][0]) for side in ('chosen', 'rejected')}
-  made = edits.with_credit(None, source=lambda _: inner, reward=2.0, penalty=0.5, unchanged=0.1)()
-  told = [batch[f'{s}/targets'][0, at[s]].tolist() for s in ('rejected', 'chosen')]
-  gone, put = edits.changed(*told)
-  np.testing.assert_allclose(made['rejected/credit'][0, at['rejected']], np.where(gone, 0.5, 0))
-  np.testing.assert_allclose(made['chosen/credit'][0, at['chosen']], np.where(put, 2.0, 0.1))
-  assert not made['chosen/credit'][batch['chosen/weights'] == 0].any()
