@@ -1,0 +1,92 @@
+r"""Direct preference optimisation: a model learns which of two answers people prefer. The parent of this folder.
+
+  make smollm2
+  llm-jax train --config=configs/align/dpo.py --workdir=runs/dpo
+  llm-jax train --config=configs/align/dpo.py:tiny --workdir=runs/dpo-tiny
+
+Differs from configs/pretrain/lm.py in the data (the bundled harmless pairs of HH-RLHF in the model's own chat template,
+15 % of the prompts held out), in the objective with its reference (the run that the model begins with), and in AdamW
+with a small rate. What is logged: heldout/accuracy, the share of held-out pairs in the right order. The reference is at
+0.5 by definition. Name a tuned run with :run=runs/sft; `:tiny` is a small model of bytes from scratch on polite and
+impolite answers, EXPECTED
+"""
+
+import os
+
+from configs.pretrain import lm, ul2r
+from llm_jax.core import config
+from llm_jax.core.config import use, variant
+from llm_jax.core.errors import UserError, nearest
+from llm_jax.data import pairs, vocab
+from llm_jax.interop.architectures import llama
+from llm_jax.objectives import preference
+from llm_jax.optim import chain, rules, schedules
+from llm_jax.rl import annotate
+from llm_jax.train import hooks
+
+ASKED = 'Rewrite this sentence politely: Give me the salt.'
+SIZES = dict(
+  smollm2=dict(run='runs/smollm2', batch=4, length=256, steps=60, peak=1e-5),
+  tiny=dict(run='', batch=8, length=256, steps=60, peak=2e-3),
+)
+
+
+def get_config(text=None):
+  c, arg = start(text)
+  source = lambda **kw: reference(arg, use(pairs.pairs, **data(arg), **kw))
+  return finish(c, source, use(preference.dpo, beta=0.1))
+
+
+def start(text):
+  """(a config without source and objective, its arguments): size, run, batch, length, steps, peak."""
+  size = (text or '').split(',')[0]
+  size = size if size and '=' not in size else 'smollm2'
+  if size not in SIZES:
+    raise UserError(f'no size {size!r}; {nearest(size, SIZES)}')
+  arg = variant(text, size='smollm2', **SIZES[size])
+  c = lm.get_config(f'batch={arg.batch},length={arg.length},steps={arg.steps}')
+  if arg.run:
+    c.model = trained(arg.run)
+    c.init = config.config(init_from=arg.run, rename=(), only=None, grow=None)
+  else:
+    c.model = lm.model(259, arg.length)
+    c.model.embed, c.model.layers, c.model.block.ffn.hidden = 64, 2, 128
+  schedule = use(schedules.constant, peak=arg.peak, warmup=max(1, arg.steps // 10))
+  c.optimizer = use(chain.make, rule=use(rules.adamw, b2=0.99), schedule=schedule, clip=1.0)
+  c.hooks.samples.prompts = (f'<|im_start|>user\n{ASKED}<|im_end|>\n<|im_start|>assistant\n',)
+  return c, arg
+
+
+def trained(run):
+  """The model of a run; SmolLM2-135M where there is none yet."""
+  if os.path.isdir(run):
+    return config.read(os.path.join(run, 'config.json')).model
+  return llama.llama(ul2r.SMOLLM2)
+
+
+def words(arg):
+  """The vocabulary: that of the run."""
+  return use(vocab.of_run, path=arg.run) if arg.run else use(vocab.bytes_, extra_ids=0, modes=())
+
+
+def data(arg):
+  """Pairs, batch and length for the sources of data/pairs.py. A few comparisons are longer than the context."""
+  if arg.run:
+    made, left_out = use(pairs.hh_harmless, vocab=words(arg)), 0.3
+  else:
+    made, left_out = use(pairs.politeness, template='chatml', vocab=words(arg)), 0.1
+  return dict(data=made, batch=arg.batch, length=arg.length, left_out=left_out)
+
+
+def reference(arg, source):
+  """`source` with the log-probabilities of the run that the model begins with."""
+  return use(annotate.with_reference, source=source, ref=arg.run or None)
+
+
+def finish(c, source, objective, heldout=None, judge=None):
+  """source(**settings) -> the config of a source. heldout, judge: another source and objective to evaluate with."""
+  c.source, c.objective = source(), objective
+  held = (heldout or source)(split='validation', shuffle=False)
+  every = max(1, c.steps // 4)
+  c.hooks.heldout = use(hooks.evaluate, source=held, objective=judge or objective, every=every)
+  return c

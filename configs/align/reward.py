@@ -1,0 +1,24 @@
+r"""A reward model: a number for an answer, learnt from pairs.
+
+  make smollm2
+  llm-jax train --config=configs/align/reward.py --workdir=runs/reward
+  llm-jax train --config=configs/align/reward.py:tiny --workdir=runs/reward-tiny
+
+Differs from dpo.py in the model, which has a scalar head beside its logits, and in the objective, Bradley-Terry; it
+needs no reference. EXPECTED
+"""
+
+from configs.align import dpo
+from llm_jax.core.config import use
+from llm_jax.data import pairs
+from llm_jax.model import scalar
+from llm_jax.objectives import reward
+
+
+def get_config(text=None):
+  c, arg = dpo.start(text)
+  c.model = use(scalar.make, model=c.model)
+  if arg.run:
+    c.init.only = '^(?!scalar)'  # the head begins afresh
+  source = lambda **kw: use(pairs.pairs, **dpo.data(arg), **kw)
+  return dpo.finish(c, source, use(reward.bradley_terry, centre=0.01))
