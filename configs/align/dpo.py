@@ -26,7 +26,7 @@ from llm_jax.train import hooks
 
 ASKED = 'Rewrite this sentence politely: Give me the salt.'
 SIZES = dict(
-  smollm2=dict(run='runs/smollm2', batch=4, length=256, steps=60, peak=1e-5),
+  smollm2=dict(run='runs/smollm2', batch=8, length=256, steps=40, peak=1e-5),
   tiny=dict(run='', batch=8, length=256, steps=60, peak=2e-3),
 )
 

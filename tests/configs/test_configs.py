@@ -8,6 +8,7 @@ import shlex
 
 import jax
 import ml_collections
+import numpy as np
 import pytest
 
 from llm_jax.cli import flags
@@ -94,6 +95,14 @@ def groups(cfg):
         yield from groups(part)
 
 
+def inner(c):
+  """What is read, below the sources that annotate it."""
+  found = c.source
+  while 'source' in found:
+    found = found.source
+  return found
+
+
 @EVERY
 def test_reads_checks_and_survives_json(file, text):
   c = read(file, text)
@@ -103,13 +112,14 @@ def test_reads_checks_and_survives_json(file, text):
   again = config_lib.from_json(config_lib.to_json(c))
   assert again == c and config_lib.to_json(again) == config_lib.to_json(c)
   assert config_lib.read(str(ROOT / file), text) is not c  # nothing is shared between two readings
-  assert c.source.batch % c.microbatches == 0
+  assert inner(c).batch % c.microbatches == 0
 
 
 @EVERY
 def test_the_model_is_built_without_allocating_it(file, text):
   model = model_of(file, text)
   shapes = jax.eval_shape(model.init, jax.random.key(0))
+  shapes.pop('scalar', None)  # beside what the card describes
   assert tree.count(shapes) == count.total(model.card)
   if text in SIZES.get(file, {}):
     assert count.total(model.card._replace(rows=model.card.vocab)) == SIZES[file][text]
@@ -120,7 +130,7 @@ def test_state_and_optimizer_divide_over_eight_devices(file, text):
   c, model = read(file, text), model_of(file, text)
   with jax.set_mesh(mesh.make(**c.mesh)), mesh.rules(**c.axes):
     layout = state_lib.layout(model, build(c.optimizer)(model.axes), c.trainable)
-    mesh.check_batch(c.source.batch, c.microbatches)
+    mesh.check_batch(inner(c).batch, c.microbatches)
     if c.mesh.fsdp == -1:  # what is too large for one device is split over all
       shapes = jax.eval_shape(model.init, jax.random.key(0))
       one = jax.tree.map(
@@ -131,16 +141,29 @@ def test_state_and_optimizer_divide_over_eight_devices(file, text):
       assert tree.count(one) < 1.01 * tree.count(shapes) / 8
 
 
+def example(c, card):
+  """A batch with the arrays that the source of a config gives; padding."""
+  source, rows = inner(c), c.microbatches
+  encoder = source.get('encoder_length') or source.length
+  layout = batch_lib.Layout(card.kind, source.length, encoder if card.encoder_layers else 0, True)
+  text = batch_lib.empty(layout, rows)
+  sides = dict(pairs=('chosen', 'rejected'), rankings=('answer0', 'answer1'))
+  numbers = {name: np.zeros(rows, np.float32) for name in ('ref_logp', 'kl')}
+  told = numbers | dict(
+    desirable=np.zeros(rows, bool), ref_ids=np.zeros((rows, source.length, 3), int)
+  )
+  told |= dict(ref_top=np.zeros((rows, source.length, 3), np.float32))
+  if names := sides.get(source.fn.rpartition(':')[2]):
+    return {f'{side}/{k}': v for side in names for k, v in (text | numbers).items()}
+  return text | told
+
+
 @pytest.mark.parametrize('file', FILES)
 def test_one_update_traces(file):
   text = next(iter(SIZES.get(file, {None: 0})))
   c, model = read(file, text), model_of(file, text)
   tx = build(c.optimizer)(model.axes)
-  encoder = c.source.encoder_length or c.source.length
-  layout = batch_lib.Layout(
-    model.card.kind, c.source.length, encoder if model.card.encoder_layers else 0, True
-  )
-  batch = batch_lib.empty(layout, c.microbatches)
+  batch = example(c, model.card)
   objective = functools.partial(build(c.objective), model)
   update = step_lib.make(objective, tx, microbatches=c.microbatches, trainable=c.trainable)
   state = jax.eval_shape(lambda: state_lib.create(model, tx, c.seed, trainable=c.trainable))
