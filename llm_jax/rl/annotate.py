@@ -67,11 +67,12 @@ class Frozen:
 
   def params(self, state: Any = None) -> Any:
     """The parameters, without a scalar head. Raises `UserError` where ref=None and the run began with others."""
-    if self._params is None:
-      self._params = _initial(self.model, self._seed) if self._ref is None else self._load()
+    if self._params is not None:
+      return self._params
+    self._params = _initial(self.model, self._seed) if self._ref is None else self._load()
     if self._ref is None and state is not None and int(state.step) == 0:
       begun = {k: v for k, v in state.params.items() if k != scalar.NAME}
-      same = jax.tree.map(lambda a, b: np.allclose(a, b, atol=1e-6), begun, self._params)
+      same = jax.tree.map(lambda a, b: jnp.allclose(a, b, atol=1e-6), begun, self._params)
       if not all(jax.tree.leaves(same)):
         raise UserError(
           'ref=None stands for the parameters of a fresh run with this seed, but this run began with others: '
@@ -132,8 +133,12 @@ def with_reference(
   source: model -> source. ref, seed: see above. sides: of the batch; '' is a text without a name and gets `ref_logp`.
   """
   inner = source(model)
-  frozen = Frozen(model, inner.vocab, ref, seed)
+  return _referenced(model, inner, Frozen(model, inner.vocab, ref, seed), sides, chunk)
 
+
+def _referenced(
+  model: Any, inner: Any, frozen: Frozen, sides: tuple, chunk: int | None
+) -> Annotated:
   @jax.jit
   def score(params: Any, text: Mapping[str, jax.Array]) -> jax.Array:
     found = sequence.tokens(model, params, text, chunk=chunk)
@@ -163,7 +168,7 @@ def with_kl(
   is one number (arXiv:2402.01306, section 4.1). It is that of the policy as it stands, which `once()` does not know:
   there it is 0.
   """
-  inner = with_reference(model, source=source, ref=ref, seed=seed, sides=('',), chunk=chunk)
+  inner = source(model)
   frozen = Frozen(model, inner.vocab, ref, seed)
 
   @jax.jit
@@ -182,7 +187,7 @@ def with_kl(
       kl = float(divergence(state.params, frozen.params(), text))
     return batch | dict(kl=np.full(len(batch['inputs']), kl, np.float32))
 
-  return Annotated(inner, add)
+  return Annotated(_referenced(model, inner, frozen, ('',), chunk), add)
 
 
 def mismatched(text: Batch) -> Batch:

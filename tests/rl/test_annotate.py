@@ -1,10 +1,12 @@
 """Wrapped sources: the reference's numbers against float64, TRL's rotation, and that nothing else changes."""
 
 import copy
+import functools
 
 import jax
 import jax.numpy as jnp
 import numpy as np
+import optax
 import pytest
 
 from llm_jax.core import mesh
@@ -12,8 +14,9 @@ from llm_jax.core.errors import UserError
 from llm_jax.data import vocab
 from llm_jax.objectives import feedback, preference
 from llm_jax.rl import annotate
-from llm_jax.train import checkpoint
+from llm_jax.train import checkpoint, loop
 from llm_jax.train import state as state_lib
+from llm_jax.train import step as step_lib
 from tests.model.test_scalar import make
 from tests.objectives import make_reference, test_trl
 from tests.objectives.pairs import text
@@ -192,6 +195,40 @@ def test_quark_reads_its_token_and_the_reference_does_not():
   np.testing.assert_allclose(own, batch['ref_top'][:, 1:], atol=1e-4)
   out = feedback.quark(model, start(model).params, batch, None)
   assert np.isfinite(out.sum) and out.metrics['kl'] >= 0
+
+
+@pytest.mark.parametrize(
+  ('wrap', 'objective', 'sides'),
+  [
+    (annotate.with_reference, preference.dpo, ('chosen', 'rejected')),
+    (annotate.with_kl, preference.kto, ('',)),
+  ],
+)
+def test_a_resumed_run_is_the_run_that_was_not_stopped(tmp_path, wrap, objective, sides):
+  """Bit for bit, though the reference is loaded anew and KTO's point depends on the policy."""
+  model, tx = make(), optax.adam(1e-2)
+  update = step_lib.make(functools.partial(objective, model), tx)
+
+  def begin():
+    inner = Fixed(sides)
+    for batch in inner.batches:
+      batch |= dict(desirable=np.arange(8) % 2 == 0)
+    params = jax.jit(model.init)(jax.random.key(0))
+    state = state_lib.State(jnp.zeros((), jnp.int32), params, tx.init(params))
+    return wrap(model, source=lambda _: inner), state
+
+  def go(source, state, steps, saver):
+    hooks = [saver.hook]
+    return loop.train(state, source, update, steps=steps, key=jax.random.key(1), hooks=hooks)
+
+  with checkpoint.Saver(str(tmp_path / 'whole'), asynchronous=False) as saver:
+    source, state = begin()
+    whole = go(source, saver.restore(state, source), 5, saver)
+  for steps in (2, 5):
+    with checkpoint.Saver(str(tmp_path / 'parts'), asynchronous=False, every=2) as saver:
+      source, state = begin()
+      parts = go(source, saver.restore(state, source), steps, saver)
+  jax.tree.map(np.testing.assert_array_equal, parts, whole)
 
 
 def test_what_does_not_fit_is_refused(tmp_path):
