@@ -3,7 +3,7 @@ r"""ORPO: imitation of the chosen answer and an odds ratio in one loss, without 
   llm-jax train --config=configs/align/orpo.py --workdir=runs/orpo
   llm-jax train --config=configs/align/orpo.py:tiny --workdir=runs/orpo-tiny
 
-Differs from simpo.py in the objective. EXPECTED
+Differs from simpo.py in the objective.
 """
 
 from configs.align import simpo
