@@ -22,7 +22,7 @@ CAP = 500  # of 900 instructions and 160 seeds; Flan's is 30,000 of millions
 
 
 def get_config(text=None):
-  arg = variant(text, run='runs/span_corruption', batch=8, length=128, steps=200)
+  arg = variant(text, run='runs/span_corruption', batch=8, length=256, steps=200)
   sizes = f'batch={arg.batch},length={2 * arg.length},steps={arg.steps}'  # of the encoder
   c = span_corruption.get_config(sizes)
   words = use(vocab.sentencepiece, size=1024)

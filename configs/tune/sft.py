@@ -2,13 +2,14 @@ r"""Supervised fine-tuning: a trained causal model learns to follow instructions
 
   make smollm2
   llm-jax train --config=configs/tune/sft.py --workdir=runs/sft
-  llm-jax train --config=configs/tune/sft.py:tiny,steps=300 --workdir=runs/sft-tiny
+  llm-jax train --config=configs/tune/sft.py:tiny,steps=150 --workdir=runs/sft-tiny
 
 Differs from configs/pretrain/lm.py in the data (1,100 bundled instructions as conversations in the model's own chat
 template, the loss on answers alone, a tenth of the prompts held out), in where weights and vocabulary come from (a run
 that was converted or trained before), and in the recipe of Alpaca: AdamW at 2e-5, a cosine with 3 % warm-up, no decay.
-`tiny` is a small model from scratch in Alpaca's template, for a first look: its held-out loss falls from 6.9 to about 4
-nats per token in a minute on two CPU cores. For data of your own:
+`tiny` is a small model from scratch in Alpaca's template, for a first look: of 150 steps the
+first 100 take its held-out loss from 6.9 to 4.43 nats per token. With SmolLM2, 5 steps of 4 rows take that
+of two held-out batches from 1.07 (after the first) to 0.94. For data of your own:
 --config.source.task.sets[0]=llm_jax.data.examples:conversations and --config.source.task.sets[0].path=FILE.
 """
 
@@ -47,6 +48,8 @@ def make(arg, template='alpaca'):
     words = use(vocab.of_run, path=arg.run)
     c.model = trained(arg.run)
     c.init = config.config(init_from=arg.run, rename=(), only=None, grow=None)
+    # a row at a time, layers computed again for the gradient: 7 instead of 10 GB with SmolLM2
+    c.mesh.data, c.microbatches, c.model.runner.remat = 1, arg.batch, 'full'
   sets = (use(examples.instructions, template=template if tiny else None),)
   c.source = source(sets, words, arg.batch, arg.length)
   return finish(c, peak=1e-3 if tiny else 2e-5, prompt=PROMPTS[arg.size])

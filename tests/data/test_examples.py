@@ -200,6 +200,8 @@ def test_no_prompt_is_in_both_splits(path):
 class Counted(seqio.Task):
   """A SeqIO task that is nothing but its number of examples."""
 
+  cache_dir = 'somewhere'
+
   def __init__(self, examples):
     self.count = examples
 
