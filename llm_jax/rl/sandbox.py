@@ -91,12 +91,11 @@ def run(
   return Result(passed, '' if passed else why or 'failed', text)
 
 
-def run_all(
-  programs: Sequence[tuple[str, str | None]], *, workers: int = 4, **settings: float
-) -> list[Result]:
-  """`run` for each (code, tests), `workers` at a time, in their order."""
+def run_all(programs: Sequence[tuple], *, workers: int = 4, **settings: float) -> list[Result]:
+  """`run` for each (code, tests) or (code, tests, stdin), `workers` at a time, in their order."""
+  one = lambda told: run(*told[:2], stdin=''.join(told[2:]), **settings)
   with concurrent.futures.ThreadPoolExecutor(workers) as pool:
-    return list(pool.map(lambda told: run(*told, **settings), programs))
+    return list(pool.map(one, programs))
 
 
 @functools.cache
