@@ -35,8 +35,8 @@ def logp(question: str, choice: str) -> float:
   made, params = kinds.make('causal', vocab=WORDS.size)
   first, last = list(WORDS.encode(question)), list(WORDS.encode(choice))
   inputs = np.array([[0, *first, *last[:-1]]], np.int32)
-  logits = made.logits(params, made.hidden(params, dict(inputs=inputs)).x)
-  told = jax.nn.log_softmax(logits)[0, len(first) :]
+  run = lambda params, batch: made.logits(params, made.hidden(params, batch).x)
+  told = jax.nn.log_softmax(jax.jit(run)(params, dict(inputs=inputs)))[0, len(first) :]
   return float(sum(told[i, c] for i, c in enumerate(last)))
 
 
@@ -47,7 +47,7 @@ def expected(question: str, choices=CHOICES) -> np.ndarray:
 
 def test_probabilities_of_choices_are_those_of_the_whole_texts():
   made, params = kinds.make('causal', vocab=WORDS.size)
-  questions = ['', 'Is it?', 'Is this longer than the other one, say?', 'a', 'b', 'c']
+  questions = ['', 'Is this longer than the others?', 'a']
   found = judge.probabilities(made, params, WORDS, questions, CHOICES, batch=4)
   np.testing.assert_allclose(found, [expected(q) for q in questions], rtol=2e-4)
   with pytest.raises(UserError, match='two or more choices'):
@@ -134,10 +134,6 @@ def test_a_search_with_room_for_all_is_exhaustive_and_with_one_is_greedy(combine
   for level in levels:
     taken = max(([*taken, s] for s in level), key=value)
   assert run(1) == ''.join(taken)
-  assert (
-    judge.search(propose, tree, '', key, most=2) == ''.join(judge.steps(run(1))[:2])
-    or combine is not judge.product
-  )
 
 
 def test_a_search_stops_where_nothing_follows():
