@@ -229,7 +229,7 @@ def program(told: dict, report: int) -> None:
   """The child of process 1."""
   os.setsid()
   given = os.memfd_create('stdin')
-  os.write(given, told['stdin'].encode())
+  os.write(given, told['stdin'].encode(errors='replace'))
   os.lseek(given, 0, os.SEEK_SET)
   os.dup2(given, 0)
   os.close(given)

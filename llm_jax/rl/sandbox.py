@@ -82,10 +82,9 @@ def run(
     _end(process, read)
   walls, _, rest = report.partition(b'\n')
   text = said[:output].decode(errors='replace')
-  if walls != b'walled' and why != 'time':
-    reason = (
-      walls.decode(errors='replace') or text.strip().rpartition('\n')[2] or 'it did not start'
-    )
+  if walls != b'walled':
+    late = f'it did not start within {START:.0f} s' if why == 'time' else 'it did not start'
+    reason = walls.decode(errors='replace') or text.strip().rpartition('\n')[2] or late
     raise UserError(f'untrusted code cannot be isolated here ({reason}): {REMEDY}')
   passed = not why and rest == token.encode()
   return Result(passed, '' if passed else why or 'failed', text)
