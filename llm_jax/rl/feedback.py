@@ -5,7 +5,7 @@
     examples = feedback.best_of_each(found)                                   # best-of-n, rejection sampling, RAFT
 
 What comes out are records for the readers of data: {'instruction', 'output', ...} for tuning, {'prompt', 'chosen',
-'rejected', ...} for preferences, {'messages'} for conversations. `save` writes them as JSON lines.
+'rejected', ...} for preferences. `save` writes them as JSON lines.
 """
 
 import json
@@ -182,40 +182,12 @@ def quantiles(scores: Any, k: int) -> np.ndarray:
   return order * k // max(len(order), 1)
 
 
-def quark(found: Sequence[Sampled], *, tokens: Sequence[str]) -> Records:
-  """Quark's pool (Lu et al. 2022, arXiv:2205.13636): every sample, in front of its prompt the token of the quantile of
-  its reward. tokens: the lowest first, five in the paper; samples are then drawn with `tokens[-1]` in front."""
+def quark(found: Sequence[Sampled], *, k: int = 5) -> Records:
+  """Quark's pool (Lu et al. 2022, arXiv:2205.13636): every sample with the `quantile` of its reward, of `k` over all, 0
+  the lowest. The token that says so goes in front of the text; samples are then drawn with that of the highest."""
   flat = [(one, i) for one in found for i in range(len(one.answers))]
-  parts = quantiles([one.scores[i] for one, i in flat], len(tokens))
-  made = []
-  for (one, i), part in zip(flat, parts, strict=True):
-    record = _example(one, i)
-    made.append(
-      record | dict(instruction=tokens[part] + one.prompt, plain=one.prompt, quantile=int(part))
-    )
-  return made
-
-
-def hindsight(
-  found: Sequence[Sampled],
-  *,
-  good: str = '\nA helpful answer: ',
-  bad: str = '\nAn unhelpful answer: ',
-) -> Records:
-  """Chain of Hindsight (Liu et al. 2023, arXiv:2302.02676): best and worst answer in a row, each named before it.
-
-  Conversations whose user turns are the names, so that the loss falls on the answers alone: render them with a template
-  that writes contents only. The order alternates from prompt to prompt.
-  """
-  made = []
-  for number, pair in enumerate(pairs(found)):
-    turns = [(good, pair['chosen']), (bad, pair['rejected'])][:: 1 if number % 2 == 0 else -1]
-    messages = []
-    for i, (name, answer) in enumerate(turns):
-      said = name if i else pair['prompt'] + name
-      messages += [dict(role='user', content=said), dict(role='assistant', content=answer)]
-    made.append(dict(messages=messages))
-  return made
+  parts = quantiles([one.scores[i] for one, i in flat], k)
+  return [_example(one, i) | dict(quantile=int(q)) for (one, i), q in zip(flat, parts, strict=True)]
 
 
 def relabel(

@@ -162,20 +162,10 @@ def test_quantiles_are_those_of_numpy():
   edges = np.quantile(scores, [0.2, 0.4, 0.6, 0.8])
   assert (parts == np.searchsorted(edges, scores)).mean() > 0.98  # but for samples on the edges
   assert np.ptp(np.bincount(parts)) <= 1 and (np.diff(parts[np.argsort(scores)]) >= 0).all()
-  made = feedback.quark(found(), tokens=('<low>', '<high>'))
-  assert made[3] == dict(instruction='<high>a', output='a3', reward=3.0, plain='a', quantile=1)
+  made = feedback.quark(found(), k=2)
+  assert made[3] == dict(instruction='a', output='a3', reward=3.0, quantile=1)
   assert collections.Counter(r['quantile'] for r in made) == {0: 4, 1: 4}
-  worst = next(r for r in made if r['output'] == 'b3')
-  assert worst['instruction'] == '<low>b'
-
-
-def test_a_chain_of_hindsight_has_its_answers_as_turns():
-  first, second = feedback.hindsight(found(), good=' Good: ', bad=' Bad: ')
-  contents = lambda chain: [(m['role'], m['content']) for m in chain['messages']]
-  assert contents(first) == [
-    ('user', 'a Good: '), ('assistant', 'a3'), ('user', ' Bad: '), ('assistant', 'a0'),
-  ]  # fmt: skip
-  assert ''.join(text for _, text in contents(second)) == 'b Bad: b3 Good: b0'
+  assert [r['quantile'] for r in made if r['instruction'] == 'b'] == [1, 0, 0, 0]
 
 
 def test_answers_are_relabelled_by_what_they_did():
