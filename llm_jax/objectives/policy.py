@@ -1,12 +1,12 @@
 r"""Objectives of reinforcement learning: what makes answers likelier that earned more.
 
-A batch holds texts whose `weights` are 1 on the answer, and what needs no gradient (llm_jax/rl/rollout.py): f32 [batch,
-length] `old_logp` (of the policy that wrote the answer), `advantages`, where there is a reference `ref_logp`, for a critic
-`values` and `returns`; [batch] `reward` and `gap`, which are only reported. Dropout is off: the ratio to the policy that
-wrote is 1 until the first update.
+A batch holds texts whose `weights` are 1 on the answer, and what needs no gradient (llm_jax/rl/rollout.py): f32
+[batch, length] `old_logp` (of the policy that wrote the answer), `advantages`, where there is a reference `ref_logp`,
+for a critic `values` and `returns`; [batch] `fresh`, 1 where no update lies between writing and learning, and `reward`
+and `gap`, which are only reported. Dropout is off, so that the ratio to the policy that wrote is exactly 1 in a fresh row.
 
-With `r = exp(logp - old_logp)` the clipped surrogate is `min(r A, clip(r, 1 - low, 1 + high) A)`. The objectives differ in
-what a ratio belongs to (token or answer) and what is averaged (tokens, answers, a constant).
+With `r = exp(logp - old_logp)` the clipped surrogate is `min(r A, clip(r, 1 - low, 1 + high) A)`. The objectives
+differ in what a ratio belongs to (token or answer) and what is averaged (tokens, answers, a constant).
 """
 
 from collections.abc import Callable, Mapping
@@ -53,7 +53,7 @@ def corrected_k3(logp: jax.Array, ref_logp: jax.Array, old_logp: jax.Array) -> j
 
 
 def value_head(model: Any, params: Any, batch: Batch, x: jax.Array) -> jax.Array:
-  """The critic is a scalar head on the policy (`scalar.make`): f32 [batch, length]. x: what the logits are read from."""
+  """The critic is a scalar head on the policy (`scalar.make`): f32 [batch, length]. x: what logits are read from."""
   del model, batch
   return scalar.read(params, x)
 
@@ -61,7 +61,7 @@ def value_head(model: Any, params: Any, batch: Batch, x: jax.Array) -> jax.Array
 def critic(
   model: Any, params: Any, batch: Batch, x: jax.Array, *, critic: Callable[[], Any]
 ) -> jax.Array:
-  """The critic is a model of its own (`scalar.with_critic`), which `critic()` builds; its weights are params['critic']."""
+  """The critic is a model of its own (`scalar.with_critic`) that `critic()` builds; its weights: params['critic']."""
   del model, x
   own = params[scalar.CRITIC]
   return scalar.read(own, critic().hidden(own, batch).x)
@@ -102,13 +102,13 @@ def ppo(
 ) -> Loss:
   """PPO (Schulman et al. 2017, arXiv:1707.06347, eq. 7 and 9) as InstructGPT has it, a mean over tokens.
 
-  -surrogate + value_weight max((V - R)^2, (clip(V, V_old - value_clip, V_old + value_clip) - R)^2) / 2 - entropy H. Where
-  the batch has a text `ptx/...` of the pre-training data (`rollout.with_ptx`), PPO-ptx: + ptx times its cross entropy per
-  token (arXiv:2203.02155, eq. 2; gamma = 27.8). value: (model, params, batch, x) -> f32 [batch, length]. The KL penalty
-  is part of the rewards.
+  -surrogate + value_weight max((V - R)^2, (clip(V, V_old - value_clip, V_old + value_clip) - R)^2) / 2 - entropy H.
+  Where the batch has a text `ptx/...` of the pre-training data (`rollout.with_ptx`), PPO-ptx: + ptx times its cross
+  entropy per token (arXiv:2203.02155, eq. 2; gamma = 27.8). value: (model, params, batch, x) -> f32 [batch, length]. The
+  KL penalty is part of the rewards.
   """
   now = _read(model, params, batch, chunk, temperature)
-  ratio = jnp.exp(now.logp - batch['old_logp'])
+  ratio = jnp.exp(now.logp - now.old)
   found = value(model, params, batch, now.x)
   old, returns = batch['values'], batch['returns']
   near = jnp.clip(found, old - value_clip, old + value_clip)
@@ -146,7 +146,7 @@ def rloo(
   token of a row has the advantage of its answer.
   """
   now = _read(model, params, batch, chunk, temperature)
-  ratio = jnp.exp(sequence.total(now.logp - batch['old_logp'], now.tokens))
+  ratio = jnp.exp(sequence.total(now.logp - now.old, now.tokens))
   own = sequence.total(batch['advantages'], now.answers)
   more = dict(clipped=_clipped(ratio, own, clip, clip)[:, None])
   return _loss(now, batch, -surrogate(ratio, own, clip, clip).sum(), now.answers, more)
@@ -225,7 +225,7 @@ def gspo(
   """The ratio of an answer is the geometric mean of those of its tokens, a mean over answers (Zheng et al. 2025,
   arXiv:2507.18071, eq. 5 and 7)."""
   now = _read(model, params, batch, chunk, temperature)
-  ratio = jnp.exp(sequence.total(now.logp - batch['old_logp'], now.answers))
+  ratio = jnp.exp(sequence.total(now.logp - now.old, now.answers))
   own = sequence.total(batch['advantages'], now.answers)
   more = dict(clipped=_clipped(ratio, own, clip, clip_high)[:, None])
   return _loss(now, batch, -surrogate(ratio, own, clip, clip_high).sum(), now.answers, more)
@@ -235,8 +235,9 @@ def gspo(
 
 
 class _Now(NamedTuple):
-  """The policy as it is, [batch, length] each. tokens: 1 on the answers' tokens; answers: the same, summing to 1 in each
-  row that has an answer. What is averaged over one of them has its sum as the weight."""
+  """The policy as it is, [batch, length] each. tokens: 1 on the answers' tokens; answers: the same, summing to 1 in
+  each row that has an answer. What is averaged over one of them has its sum as the weight. old: of the policy that
+  wrote."""
 
   logp: jax.Array
   entropy: jax.Array
@@ -244,6 +245,7 @@ class _Now(NamedTuple):
   aux: dict[str, jax.Array]
   tokens: jax.Array
   answers: jax.Array
+  old: jax.Array
 
 
 def surrogate(ratio: jax.Array, advantages: jax.Array, low: float, high: float) -> jax.Array:
@@ -261,10 +263,10 @@ def _per_token(
   now: _Now, batch: Batch, low: float, high: float, beta: float, kl: Callable
 ) -> tuple[jax.Array, dict[str, jax.Array]]:
   """(loss, metrics) of each token, [batch, length]."""
-  ratio = jnp.exp(now.logp - batch['old_logp'])
+  ratio = jnp.exp(now.logp - now.old)
   each = -surrogate(ratio, batch['advantages'], low, high)
   if beta:
-    each += beta * kl(now.logp, batch['ref_logp'], batch['old_logp'])
+    each += beta * kl(now.logp, batch['ref_logp'], now.old)
   return each, dict(clipped=_clipped(ratio, batch['advantages'], low, high))
 
 
@@ -276,7 +278,12 @@ def _read(model: Any, params: Any, batch: Batch, chunk: int | None, temperature:
     )
   tokens = batch['weights'].astype(jnp.float32)
   now = sequence.tokens(model, params, batch, chunk=chunk, temperature=temperature)
-  return _Now(*now, tokens, tokens / jnp.maximum(tokens.sum(-1, keepdims=True), 1e-9))
+  old = batch['old_logp']
+  if (
+    'fresh' in batch
+  ):  # the policy that wrote is this one: what another program made of it differs in the last bits
+    old = jnp.where(batch['fresh'][:, None] > 0, jax.lax.stop_gradient(now.logp), old)
+  return _Now(*now, tokens, tokens / jnp.maximum(tokens.sum(-1, keepdims=True), 1e-9), old)
 
 
 def _nats(model: Any, params: Any, batch: Batch, chunk: int | None) -> jax.Array:
@@ -295,7 +302,7 @@ def _loss(
   """With the metrics and the model's own losses. over: `now.tokens` or `now.answers`, whose sum is the weight; metrics
   are means over the same, so those of a whole answer (reward, gap) are weighted by length where it is tokens.
   """
-  ratio = now.logp - batch['old_logp']
+  ratio = now.logp - now.old
   found = dict(entropy=now.entropy, old_kl=jnp.expm1(ratio) - ratio)
   if 'ref_logp' in batch:
     found |= dict(kl=k1(now.logp, batch['ref_logp']), k3=k3(now.logp, batch['ref_logp']))

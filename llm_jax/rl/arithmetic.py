@@ -35,7 +35,9 @@ def correct(
 ) -> np.ndarray:
   """A reward that can be verified: 1 where the answer is record['answer'], else 0."""
   del prompts
-  return np.array([a == record['answer'] for a, record in zip(answers, told, strict=True)], np.float32)
+  return np.array(
+    [a == record['answer'] for a, record in zip(answers, told, strict=True)], np.float32
+  )
 
 
 def demonstrations(
@@ -63,7 +65,9 @@ class Demonstrations:
     answers = [[*vocab.encode(r['answer']), vocab.eos] for r in records]
     width = max(map(len, prompts))
     if width + max(map(len, answers)) > length:
-      raise UserError(f'length={length} is too short for {width + max(map(len, answers))} tokens: raise it')
+      raise UserError(
+        f'length={length} is too short for {width + max(map(len, answers))} tokens: raise it'
+      )
     pad = lambda rows, n: np.array([[*r, *[0] * (n - len(r))] for r in rows], np.int32)
     sizes = (np.array([len(r) for r in rows]) for rows in (prompts, answers))
     lengths, ends = sizes

@@ -11,6 +11,7 @@ are those of all training.
     advantages returns                               [batch, length] float32    see rl/advantage.py
     reward gap index                                 [batch]                    the score; max |sampler's - learner's logp|
                                                                                 over the answer, nats; the prompt's number
+    fresh                                            [batch] float32            1 in the first minibatch of a round
 
 Prompts, draws and the order of minibatches are fixed by the seed and the number of the round. What the policy of the
 round's start wrote cannot be written again once it has moved on, so `state()` holds the round while it is being used.
@@ -233,8 +234,10 @@ class Rollout:
     rows = rng.permutation(self._s.rows)[k * self.batch : (k + 1) * self.batch]
     index, count = self._process
     share = self.batch // count
+    given = {name: x[rows[index * share : (index + 1) * share]] for name, x in self.rows.items()}
+    given['fresh'] = np.full(share, self._given == 0, np.float32)
     self._given += 1
-    return {name: x[rows[index * share : (index + 1) * share]] for name, x in self.rows.items()}
+    return given
 
   def answers(self) -> tuple[list[str], list[str], list[Record]]:
     """(prompts, answers, told) of the round in use, as the reward was given them."""

@@ -72,8 +72,8 @@ CASES = {
   'corrected': (policy.grpo, dict(clip=0.2, beta=0.04, kl=policy.corrected_k3)),
   'dr_grpo': (policy.dr_grpo, dict(clip=0.2, longest=oracle.LONGEST)),
   'dapo': (policy.dapo, dict(clip=0.2, clip_high=0.28)),
-  'gspo': (policy.gspo, dict(clip=0.05, clip_high=0.1)),
-  'rloo': (policy.rloo, dict(clip=0.2)),
+  'gspo': (policy.gspo, dict(clip=0.01, clip_high=0.02)),
+  'rloo': (policy.rloo, dict(clip=0.05)),
   'ppo': (surrogate_of_ppo, dict(clip=0.2, entropy=0.05)),
 }
 
@@ -182,7 +182,8 @@ def test_parts_of_a_batch_add_up(name):
   cut = lambda a, b: {k: v[a:b] for k, v in batch.items()}
   parts = [objective(cut(a, b)) for a, b in ((0, 1), (1, 3), (3, 6))]
   close(functools.reduce(loss.add, parts), whole, rtol=2e-5, atol=1e-5)
-  assert float(whole.weight) == (batch['weights'].sum() if name in ('ppo', 'dapo') else 6)
+  expected = batch['weights'].sum() if name in ('ppo', 'dapo') else 6
+  assert float(whole.weight) == pytest.approx(expected, rel=1e-6)
   # a row without an answer changes nothing
   empty = dict(batch, weights=np.concatenate([batch['weights'][:5], np.zeros((1, 10), np.float32)]))
   if name == 'ppo':
@@ -215,6 +216,18 @@ def test_ppo_is_its_formula_in_float64():
   assert out.metrics['clipped'] == clipped
   kl = ((logp - batch['ref_logp']) * batch['weights']).sum()
   np.testing.assert_allclose(out.metrics['kl'], kl, rtol=1e-4)
+
+
+@pytest.mark.parametrize('name', ['ppo', 'rloo', 'grpo', 'dr_grpo', 'dapo', 'gspo'])
+def test_a_fresh_row_has_the_ratio_one_whatever_is_stored(name):
+  """To the last bit: not a token is clipped by a clip of nothing, and the policy has not moved."""
+  model, params = with_head()
+  batch = dict(make_batch(model, params), fresh=np.ones(4, np.float32))
+  hyper = dict(clip=0.0, clip_high=0.0) if name in ('dapo', 'gspo') else dict(clip=0.0)
+  metrics = one(name, **hyper)(model, params, batch, None).metrics
+  assert metrics['clipped'] == 0 and metrics['old_kl'] == 0
+  stale = one(name, **hyper)(model, params, batch | dict(fresh=np.zeros(4, np.float32)), None)
+  assert stale.metrics['clipped'] > 0 and stale.metrics['old_kl'] > 0
 
 
 def test_ptx_is_the_cross_entropy_of_the_other_text():
