@@ -103,7 +103,7 @@ def ppo(
   """PPO (Schulman et al. 2017, arXiv:1707.06347, eq. 7 and 9) as InstructGPT has it, a mean over tokens.
 
   -surrogate + value_weight max((V - R)^2, (clip(V, V_old - value_clip, V_old + value_clip) - R)^2) / 2 - entropy H.
-  Where the batch has a text `ptx/...` of the pre-training data (`rollout.with_ptx`), PPO-ptx: + ptx times its cross
+  Where the batch has a text `ptx/...` of the pre-training data (`rl.pretraining.with_ptx`), PPO-ptx: + ptx times its cross
   entropy per token (arXiv:2203.02155, eq. 2; gamma = 27.8). value: (model, params, batch, x) -> f32 [batch, length]. The
   KL penalty is part of the rewards.
   """

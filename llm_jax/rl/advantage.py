@@ -48,8 +48,8 @@ def penalised(
 ) -> np.ndarray:
   """r_t = -beta (log pi_t - log ref_t), and the score at the last token that counts: f32 [n, length].
 
-  Stiennon et al. 2020 (arXiv:2009.01325, section 3.4) and InstructGPT (arXiv:2203.02155, eq. 2), per token. scores: [n];
-  the others: [n, length].
+  Stiennon et al. 2020 (arXiv:2009.01325, section 3.4) and InstructGPT (arXiv:2203.02155, eq. 2), per token. scores:
+  [n]; the others: [n, length].
   """
   rewards = -beta * (logp - ref_logp) * weights
   last = weights.shape[1] - 1 - np.argmax(weights[:, ::-1] > 0, axis=1)
@@ -73,7 +73,7 @@ def overlong(lengths: np.ndarray, *, limit: int = 64, buffer: int = 16) -> np.nd
 def gae(
   told: Told, memory: Memory, *, gamma: float = 1.0, lam: float = 0.95
 ) -> tuple[Credit, Memory]:
-  """Generalised advantages (Schulman et al. 2016, arXiv:1506.02438, eq. 16), whitened; returns = raw advantages + values.
+  """Generalised advantages (Schulman et al. 2016, arXiv:1506.02438, eq. 16), whitened; returns = raw ones + values.
 
   delta_t = r_t + gamma V_{t+1} - V_t,  A_t = sum_k (gamma lam)^k delta_{t+k},  V = 0 after the last token; PPO's
   estimator of InstructGPT (gamma 1, lam 0.95). Tokens that do not count are stepped over.

@@ -45,41 +45,39 @@ def demonstrations(
   *,
   vocab: Callable,
   problems: Callable = problems,
+  wrong: float = 0.0,
   batch: int = 64,
   length: int = 12,
   seed: int = 0,
 ) -> 'Demonstrations':
-  """The source of problems with their answers, one to a row, weights on the answer and its end."""
+  """The source of problems with their answers, one to a row, weights on the answer and its end.
+
+  wrong: the probability that a demonstration counts one too many; so a policy can be made that knows how to add, and
+  mostly does something else.
+  """
   words, records = vocab(), problems()
   pipeline.check_vocab(model.card, words)
-  return Demonstrations(model, words, records, batch, length, seed)
+  return Demonstrations(model, words, records, wrong, batch, length, seed)
 
 
 class Demonstrations:
   """Gives batches of problems and answers, drawn by (seed, number of the batch)."""
 
-  def __init__(self, model, vocab, records, batch, length, seed):
+  def __init__(self, model, vocab, records, wrong, batch, length, seed):
     self.vocab, self.batch, self.length = vocab, batch, length
-    self._count, self._seed = 0, seed
-    prompts = [vocab.encode(r['prompt']) for r in records]
-    answers = [[*vocab.encode(r['answer']), vocab.eos] for r in records]
-    width = max(map(len, prompts))
-    if width + max(map(len, answers)) > length:
-      raise UserError(
-        f'length={length} is too short for {width + max(map(len, answers))} tokens: raise it'
-      )
-    pad = lambda rows, n: np.array([[*r, *[0] * (n - len(r))] for r in rows], np.int32)
-    sizes = (np.array([len(r) for r in rows]) for rows in (prompts, answers))
-    lengths, ends = sizes
-    self._rows = rollout.lay(
-      model, pad(prompts, width), lengths, pad(answers, length - width), ends, vocab.first
-    )
+    self._count, self._seed, self._wrong = 0, seed, wrong
+    encode = lambda shift: [
+      [*vocab.encode(str(int(r['answer']) + shift)), vocab.eos] for r in records
+    ]
+    self._rows = [_lay(model, vocab, records, encode(shift), length) for shift in (0, 1)]
 
   def __call__(self, state: Any = None) -> dict[str, np.ndarray]:
     rng = np.random.default_rng([self._seed, self._count])
-    rows = rng.choice(len(self._rows['inputs']), self.batch)
+    right, wrong = self._rows
+    rows = rng.choice(len(right['inputs']), self.batch)
+    off = rng.random((self.batch, 1)) < self._wrong
     self._count += 1
-    return {name: x[rows] for name, x in self._rows.items()}
+    return {name: np.where(off, wrong[name][rows], right[name][rows]) for name in right}
 
   def state(self) -> dict[str, int]:
     """The number of the next batch."""
@@ -95,3 +93,15 @@ class Demonstrations:
 
   def close(self) -> None:
     """Nothing runs in the background."""
+
+
+def _lay(model, vocab, records, answers, length):
+  """The rows of all records."""
+  prompts = [vocab.encode(r['prompt']) for r in records]
+  width, longest = max(map(len, prompts)), max(map(len, answers))
+  if width + longest > length:
+    raise UserError(f'length={length} is too short for {width + longest} tokens: raise it')
+  pad = lambda rows, n: np.array([[*r, *[0] * (n - len(r))] for r in rows], np.int32)
+  lengths, ends = (np.array([len(r) for r in rows]) for rows in (prompts, answers))
+  told = pad(prompts, width), lengths, pad(answers, length - width), ends
+  return rollout.lay(model, *told, vocab.first)

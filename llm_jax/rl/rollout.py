@@ -1,17 +1,15 @@
 r"""The source of reinforcement learning: answers to prompts, written by the policy that is being trained.
 
-A round reads `state.params`, writes `group` answers to each of `prompts / round` prompts, scores them, takes the learner's
-own log-probabilities of their tokens, the reference's and the critic's values, and credits every token
+A round reads `state.params`, writes `group` answers to each of `round / group` prompts, scores them, takes the
+learner's own log-probabilities of their tokens, the reference's and the critic's values, and credits every token
 (rl/advantage.py). Then it gives `epochs` passes of minibatches over them before it writes again. The loop and the step
 are those of all training.
 
-    name                                             shape                      meaning
-    inputs targets weights positions segments [prefix]   [batch, length]        prompt and answer; weights 1 on the answer
-    old_logp [ref_logp] [values]                     [batch, length] float32    of the targets, nats, as of the round's start
-    advantages returns                               [batch, length] float32    see rl/advantage.py
-    reward gap index                                 [batch]                    the score; max |sampler's - learner's logp|
-                                                                                over the answer, nats; the prompt's number
-    fresh                                            [batch] float32            1 in the first minibatch of a round
+    inputs targets weights positions segments [prefix]    prompt and answer (data/batch.py); weights 1 on the answer
+    old_logp [ref_logp] [values]   [batch, length] f32    of the targets, nats, as of the round's start
+    advantages returns             [batch, length] f32    see rl/advantage.py
+    reward gap                     [batch] f32            the score; max |sampler's - learner's logp| of a token, nats
+    index fresh                    [batch]                the prompt's number; 1 in the first minibatch of a round
 
 Prompts, draws and the order of minibatches are fixed by the seed and the number of the round. What the policy of the
 round's start wrote cannot be written again once it has moved on, so `state()` holds the round while it is being used.
@@ -55,7 +53,7 @@ def plain(model: Any, vocab: Any, record: Record) -> Form:
 
 
 def chat(model: Any, vocab: Any, record: Record) -> Form:
-  """record['prompt'] as a user's turn, or the conversation record['messages'], in the chat template of the vocabulary."""
+  """record['prompt'] as a user's turn, or the conversation record['messages'], in the vocabulary's chat template."""
   turns = record.get('messages') or [dict(role='user', content=record['prompt'])]
   text = chat_lib.render(vocab, turns)
   return Form(prompts_lib.encode(model, vocab, text), None, vocab.turn)
@@ -148,12 +146,12 @@ def make(
   """The source of minibatches of `batch` answers out of rounds of `round` answers, `group` to each prompt.
 
   prompts: () -> list of dicts with `prompt` and whatever the reward is told. reward: (prompts, answers, told) -> f32
-  [n]. vocab: () -> the vocabulary, which the policy shares with nobody it must agree with: rewards see text. estimate: of
-  rl/advantage.py. reference: (model) -> parameters that log-probabilities are held against, see `of_run`. value: as in
-  `policy.ppo`, None for no critic. beta: of the KL penalty per token, moved after each round by control(beta, kl). keep:
-  which answers are learned from; prompts are drawn until the round is full, `tries` times at most. penalty: lengths [n] ->
-  added to the scores. form: `plain` or `chat`. prompt_length: tokens, default those of the longest. temperature: of the
-  policy, for drawing and for all log-probabilities (objectives have the same argument).
+  [n]. vocab: () -> the vocabulary; rewards see text, so nobody else has to share it. estimate: of rl/advantage.py.
+  reference: (model) -> parameters that log-probabilities are held against, see `of_run`. value: as in `policy.ppo`, None
+  for no critic. beta: of the KL penalty per token, moved after each round by control(beta, kl). keep: which answers are
+  learned from; prompts are drawn until the round is full, `tries` times at most. penalty: lengths [n] -> added to the
+  scores. form: `plain` or `chat`. prompt_length: tokens, default those of the longest. temperature: of the policy, for
+  drawing and for all log-probabilities (objectives have the same argument).
 
   Raises `UserError` for what does not fit together and for a prompt that is too long, before anything is compiled; while
   running for a reward that is no number, naming the prompt.
@@ -246,6 +244,15 @@ class Rollout:
     pairs = zip(self.rows['targets'], counts, self.rows['index'], strict=True)
     texts = [self._text(i, row[own]) for row, own, i in pairs]
     return [record.get('prompt', '') for record in told], texts, told
+
+  def expected_weights(self) -> np.ndarray:
+    """What the weights of the round in use should be, from the prompts and the first end after each: f32, likewise."""
+    form, place = self._forms[0], np.arange(self.length)
+    first = np.array([len(self._forms[i].ids) - (form.start is None) for i in self.rows['index']])
+    ended = (self.rows['targets'] == form.end) & (place >= first[:, None])
+    cut = np.minimum(first + self._s.max_new, self.length)
+    last = np.where(ended.any(1), np.argmax(ended, 1) + 1, cut)
+    return ((place >= first[:, None]) & (place < last[:, None])).astype(np.float32)
 
   def state(self) -> dict[str, Any]:
     """Where the next minibatch comes from, JSON-able; the round itself as long as some of it is to be given."""
