@@ -1,0 +1,1 @@
+"""Alignment: preferences and reinforcement learning."""
