@@ -33,6 +33,8 @@ setup(
     'numpy>=2.0',
     'optax>=0.2.8',
     'orbax-checkpoint>=0.12',
+    'pyarrow>=17',
+    'pyyaml>=6',
     'safetensors>=0.6',
     'sentencepiece>=0.2.2',
     'seqio>=0.0.20',

@@ -22,6 +22,8 @@ PLACES = {
   'tokenizers': ('llm_jax/data/tokenizer.py', True),
   'llguidance': ('llm_jax/decode/constrain.py', True),
   'jinja2': ('llm_jax/data/chat.py', True),
+  'pyarrow': ('llm_jax/data/records.py', True),
+  'yaml': ('llm_jax/data/formats.py', True),
   'grain': ('llm_jax/data/', False),
   'fastapi': ('llm_jax/serve/', False),
   'pydantic': ('llm_jax/serve/', False),

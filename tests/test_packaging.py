@@ -16,7 +16,7 @@ import llm_jax
 ROOT = pathlib.Path(__file__).resolve().parents[1]
 # The module that a requirement brings, where its name is another one.
 MODULES = {'absl-py': 'absl', 'ml-collections': 'ml_collections', 'orbax-checkpoint': 'orbax'}
-MODULES['prometheus-client'] = 'prometheus_client'
+MODULES |= {'prometheus-client': 'prometheus_client', 'pyyaml': 'yaml'}
 # Required without an import of ours: SeqIO imports them, and they have to fit our TensorFlow.
 BROUGHT = {'tensorflow-datasets', 'tensorflow-text'}
 

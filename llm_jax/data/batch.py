@@ -23,6 +23,16 @@ from typing import NamedTuple
 import numpy as np
 
 
+class Example(NamedTuple):
+  """inputs, targets: int32 ids, what is given and what is predicted. weights: f32 like targets, None for ones. first:
+  the id that a decoder reads before it, None for the layout's."""
+
+  inputs: np.ndarray
+  targets: np.ndarray
+  weights: np.ndarray | None = None
+  first: int | None = None
+
+
 class Layout(NamedTuple):
   """kind: 'causal', 'prefix' or 'encoder_decoder'. segments: whether positions and segments are emitted. first: the id
   that a decoder reads before an example. eos: ends a document."""
@@ -142,8 +152,8 @@ def put(
   encoder_at: int,
   example: tuple,
 ) -> None:
-  """Writes one (inputs, targets) example into a row, in place, as its segment number `segment` (from 1)."""
-  inputs, targets = example
+  """Writes an `Example`, or its first fields, into a row, in place, as its segment number `segment` (from 1)."""
+  inputs, targets, weights, first = Example(*example)
   start, given = at, 0
   if layout.kind == 'encoder_decoder':
     if not len(inputs):  # an encoder must have something to look at
@@ -157,9 +167,9 @@ def put(
     batch['targets'][row, start : start + given] = inputs
   end = start + given + len(targets)
   batch['targets'][row, start + given : end] = targets
-  batch['inputs'][row, start] = layout.first
+  batch['inputs'][row, start] = layout.first if first is None else first
   batch['inputs'][row, start + 1 : end] = batch['targets'][row, start : end - 1]
-  batch['weights'][row, start + given : end] = 1
+  batch['weights'][row, start + given : end] = 1 if weights is None else weights
   if layout.segments:
     batch['positions'][row, start:end] = _arange(end - start)
     batch['segments'][row, start:end] = segment

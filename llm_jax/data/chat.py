@@ -29,20 +29,26 @@ def render(
   template may read, such as `tools` (see `takes`). Raises `UserError` when there is no template, or it refuses the
   messages.
   """
-  import jinja2
-
   if vocab.template is None:
     raise UserError(
       'this model has no chat template, so it was not taught to converse: leave out --chat, or convert a model that '
       'has one (make smollm2)'
     )
+  told = told | vocab.spelling
+  told |= dict(messages=list(messages), add_generation_prompt=add_generation_prompt)
+  return write(vocab.template, 'the chat template refuses these messages', told)
+
+
+def write(program: str, refuses: str, told: Mapping[str, Any], *, trim: bool = True) -> str:
+  """What a Jinja program makes of the variables `told`.
+
+  refuses: how the `UserError` begins when it cannot. trim: whether the white space around a block's line is dropped, as
+  in chat templates.
+  """
+  import jinja2
+
   try:
-    return _compiled(vocab.template).render(
-      messages=list(messages),
-      add_generation_prompt=add_generation_prompt,
-      **vocab.spelling,
-      **told,
-    )
+    return _compiled(program, trim).render(**told)
   except (
     jinja2.exceptions.TemplateError,
     TypeError,
@@ -51,7 +57,7 @@ def render(
     ArithmeticError,
   ) as e:
     said = ' '.join(str(e).split())
-    raise UserError(f'the chat template refuses these messages: {said}') from e
+    raise UserError(f'{refuses}: {said}') from e
 
 
 @functools.cache
@@ -64,8 +70,9 @@ def takes(template: str, name: str) -> bool:
 
 
 @functools.cache
-def _compiled(template: str) -> Any:
+def _compiled(template: str, trim: bool = True) -> Any:
   import jinja2
+  import jinja2.ext
   import jinja2.sandbox
 
   def raise_exception(message: str) -> None:
@@ -74,8 +81,17 @@ def _compiled(template: str) -> Any:
   def tojson(value: Any, indent: int | None = None) -> str:
     return json.dumps(value, ensure_ascii=False, indent=indent)
 
+  class Generation(jinja2.ext.Extension):
+    """Takes `{% generation %}`, with which some templates mark what the assistant says, as if it were not there."""
+
+    tags = frozenset({'generation'})
+
+    def parse(self, parser: Any) -> list:
+      next(parser.stream)
+      return parser.parse_statements(('name:endgeneration',), drop_needle=True)
+
   environment = jinja2.sandbox.ImmutableSandboxedEnvironment(
-    trim_blocks=True, lstrip_blocks=True, extensions=['jinja2.ext.loopcontrols']
+    trim_blocks=trim, lstrip_blocks=trim, extensions=['jinja2.ext.loopcontrols', Generation]
   )
   environment.filters['tojson'] = tojson
   environment.globals['raise_exception'] = raise_exception

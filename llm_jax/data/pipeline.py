@@ -57,14 +57,14 @@ def make(
   rows of batch k, at most `batch`, and of all before it: see `optim.batch_size`. process_index, process_count: default
   jax's. Raises `UserError` for whatever does not fit together, before anything is compiled.
   """
-  index, count = _processes(process_index, process_count)
+  index, count = processes(process_index, process_count)
   check_sizes(model.card, batch, length, encoder_length, count)
   made = task()
   if split not in made.corpora[0].splits:
     raise UserError(f'there is no split {split!r}; known: {", ".join(made.corpora[0].splits)}')
   check_vocab(model.card, made.vocab)
   noise, filler = denoiser(made.vocab), rows()
-  layout = _layout(model.card.kind, length, encoder_length, filler, made.vocab)
+  layout = layout_of(model.card.kind, length, encoder_length, filler, made.vocab)
   cut = readers.Cut(
     _raw_length(noise, layout, made.vocab), filler.windows, jitter and shuffle, seed
   )
@@ -79,20 +79,24 @@ def make(
     made.vocab,
     batch,
     length,
-    layout,
     (index, count),
     ramp,
+    functools.partial(fill, layout),
     lambda j: block(j, *order(j)),
     lambda: (block(j, *units) for j, units in enumerate(one_pass(in_order()))),
   )
 
 
 class Source:
-  """Gives batches. Owns the thread that prepares the next two."""
+  """Gives batches. Owns the thread that prepares the next two.
 
-  def __init__(self, vocab, batch, length, layout, process, ramp, block, one_pass):
+  process: (index, count). write(rows, size) -> `size` rows as arrays, of which `rows` are given and the rest padding.
+  block: j -> `Block`. one_pass: () -> all blocks once, in order.
+  """
+
+  def __init__(self, vocab, batch, length, process, ramp, write, block, one_pass):
     self.vocab, self.batch, self.length = vocab, batch, length
-    self._layout, self._process, self._ramp = layout, process, ramp
+    self._process, self._ramp, self._write = process, ramp, write
     self._block, self._one_pass = functools.lru_cache(maxsize=2)(block), one_pass
     self._state = dict(block=0, row=0, batch=0)
     self._worker: _Worker | None = None
@@ -177,11 +181,17 @@ class Source:
     """This process' share of `size` global rows; rows beyond `picked` are padding."""
     index, count = self._process
     share = size // count
-    made = batch_lib.empty(self._layout, share)
-    for row, (block, r) in enumerate(picked[index * share : (index + 1) * share]):
-      for number, (at, encoder_at, example) in enumerate(block.row(r), 1):
-        batch_lib.put(made, self._layout, row, number, at, encoder_at, example)
-    return made
+    own = picked[index * share : (index + 1) * share]
+    return self._write([block.row(r) for block, r in own], share)
+
+
+def fill(layout: batch_lib.Layout, rows: list[Iterator[tuple]], size: int) -> Batch:
+  """`size` rows of texts; each of `rows` gives (slot, encoder slot, example)."""
+  made = batch_lib.empty(layout, size)
+  for row, examples in enumerate(rows):
+    for number, (at, encoder_at, example) in enumerate(examples, 1):
+      batch_lib.put(made, layout, row, number, at, encoder_at, example)
+  return made
 
 
 def plan_block(
@@ -198,15 +208,24 @@ def plan_block(
   u = rng.random(len(chunks.sizes))
   slots, encoder_slots = batch_lib.slots(layout, *denoiser.lengths(chunks.sizes, chunks.ends, u))
   placed = plan(slots, encoder_slots, layout.length, layout.encoder_length)
+  ends, u = chunks.ends.tolist(), u.tolist()
+
+  def example(i: int) -> tuple:
+    at(i + 1)
+    return denoiser.apply(chunks.get(i), ends[i], u[i], rng)
+
+  return block_of(placed, example)
+
+
+def block_of(placed: batch_lib.Plan, example: Callable[[int], tuple]) -> Block:
+  """The block in which example(i) lies where `placed` says."""
   members = np.lexsort((placed.at, placed.row))[int((placed.row < 0).sum()) :]
   starts = np.searchsorted(placed.row[members], np.arange(placed.rows + 1))
-  ends, u = chunks.ends.tolist(), u.tolist()
   slot = list(zip(placed.at.tolist(), placed.encoder_at.tolist(), strict=True))
 
   def row(r: int) -> Iterator[tuple]:
     for i in members[starts[r] : starts[r + 1]].tolist():
-      at(i + 1)
-      yield *slot[i], denoiser.apply(chunks.get(i), ends[i], u[i], rng)
+      yield *slot[i], example(i)
 
   return Block(placed.rows, row)
 
@@ -299,7 +318,8 @@ def check_vocab(card: Any, vocab: Any) -> None:
     )
 
 
-def _processes(index: int | None, count: int | None) -> tuple[int, int]:
+def processes(index: int | None, count: int | None) -> tuple[int, int]:
+  """(index, count) as given, else jax's."""
   if (index is None) != (count is None):
     raise UserError('set both process_index and process_count, or neither')
   if index is None:
@@ -309,9 +329,10 @@ def _processes(index: int | None, count: int | None) -> tuple[int, int]:
   return index, count
 
 
-def _layout(
+def layout_of(
   kind: str, length: int, encoder_length: int | None, filler: batch_lib.Rows, vocab: Any
 ) -> batch_lib.Layout:
+  """How the rows of a model of this kind are laid out."""
   encoder = kind == 'encoder_decoder'
   return batch_lib.Layout(
     kind,

@@ -98,6 +98,23 @@ class Vocabulary:
         at = found.end()
     return ids + self._encode(text[at:])
 
+  def located(self, text: str) -> list[tuple[int, int, int]]:
+    """(id, start, stop) of `encode(text)`: the id stands for these characters, one of several for part of one."""
+    ids, raw = self.encode(text), text.encode()
+    stops = np.cumsum(self.piece_bytes[ids]) if ids else np.zeros(0, np.int64)
+    if len(raw) != (stops[-1] if ids else 0):
+      raise UserError(
+        'the pieces of this vocabulary do not join to the text, so nobody can say which character an id stands for: '
+        "train it with normalization='identity'"
+      )
+    begins = (np.frombuffer(raw, np.uint8) & 0xC0) != 0x80
+    count = np.concatenate([[0], np.cumsum(begins)])  # characters that begin before each byte
+    starts = np.concatenate([[0], stops[:-1]]) if ids else stops
+    inside = ~np.append(begins, True)  # a piece that begins within a character stands for it too
+    return list(
+      zip(ids, (count[starts] - inside[starts]).tolist(), count[stops].tolist(), strict=True)
+    )
+
   def decode(self, ids: Iterable[int]) -> str:
     """The text of `ids`; padding and end of document give nothing, markers their spelling."""
     parts = []

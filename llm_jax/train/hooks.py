@@ -46,13 +46,13 @@ def evaluate(
 ) -> Hook:
   """Every `every` steps, and at the last, one pass over `source(run.model).once()`, or its first `batches`.
 
-  objective: (model, params, batch, None) -> Loss, per target; its `nats` metric is used where it has one, so that a
-  z-loss or smoothing in the objective does not count. Writes, with N nats over W targets for B bytes of text (none for
-  sentinels and modes):
+  objective: (model, params, batch, None) -> Loss. Where it has a metric `nats`, it is of text: that is what counts, not
+  a z-loss or smoothing. Writes, with N nats over W targets for B bytes of text (none for sentinels and modes):
 
     NAME/nats_per_token = N / W,  NAME/perplexity = exp(N / W),  NAME/bits_per_byte = N / (ln 2 * B)
 
-  and the objective's other metrics per target. The moving average of the parameters is used where there is one.
+  and the objective's other metrics per target. Of an objective without, such as one of pairs: NAME/loss and its metrics
+  per pair, and NAME/count, the number of them. The moving average of the parameters is used where there is one.
   """
   if every < 1 or (batches is not None and batches < 1):
     raise UserError(f'evaluate: every={every} and batches={batches} must be at least 1')
@@ -70,12 +70,15 @@ def evaluate(
       if 'bits_per_byte' in values:
         bits, nats = values['bits_per_byte'], values['nats_per_token']
         run.writer.say(f'step {step}: {name} {bits:.4f} bits per byte, {nats:.4f} nats per token')
+      elif 'loss' in values:
+        told = (f'{key} {values[key]:.4f}' for key in ('loss', 'accuracy') if key in values)
+        run.writer.say(f'step {step}: {name} {", ".join(told)} of {values["count"]:.0f}')
 
   return hook
 
 
 def _scorer(model: Any, objective: Callable, vocab: Any) -> Callable:
-  """(params, batch) -> sums over the batch: nats, weight, bytes, the objective's metrics.
+  """(params, batch) -> sums over the batch: weight, the objective's metrics; of text nats and bytes, else loss.
 
   Bytes are added as integers: 32 bits hold those of one batch, Python those of all.
   """
@@ -85,9 +88,11 @@ def _scorer(model: Any, objective: Callable, vocab: Any) -> Callable:
   @jax.jit
   def score(params: Any, batch: Mapping[str, jax.Array]) -> dict[str, jax.Array]:
     loss = objective(model, params, batch, None)
+    if 'nats' not in loss.metrics:
+      return dict(loss.metrics) | dict(loss=loss.sum, weight=loss.weight)
     sizes = weights.lookup(jnp.asarray(table), batch['targets'], dtype=jnp.int32)[..., 0]
     counted = jnp.where(batch['weights'] > 0, sizes, 0) if 'weights' in batch else sizes
-    return dict(nats=loss.sum) | dict(loss.metrics) | dict(weight=loss.weight, bytes=counted.sum())
+    return dict(loss.metrics) | dict(weight=loss.weight, bytes=counted.sum())
 
   return score
 
@@ -106,6 +111,8 @@ def _over(score: Callable, params: Any, batches: Iterable) -> dict[str, float]:
     raise UserError(
       'the held-out data has no target that counts: name another split or a shorter length'
     )
+  if 'nats' not in totals:
+    return {key: total / weight for key, total in totals.items()} | dict(count=weight)
   nats, size = totals.pop('nats'), totals.pop('bytes')
   values = dict(nats_per_token=nats / weight, perplexity=math.exp(min(nats / weight, 700.0)))
   if size:

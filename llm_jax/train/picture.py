@@ -1,4 +1,4 @@
-"""`loss.png`: training loss and held-out bits per byte of a run, from its `metrics.jsonl`."""
+"""`loss.png`: training loss and held-out bits per byte, or accuracy on pairs, from a run's `metrics.jsonl`."""
 
 import json
 import os
@@ -13,23 +13,27 @@ def draw(workdir: str, *, name: str = 'heldout') -> str | None:
   """Writes `loss.png`; returns its path, or None when there are fewer than two points to draw.
 
   Above the training loss in nats per token, each line's average and a smoothed curve; below, where it was evaluated,
-  bits per byte of the text `name`. Both against tokens trained on.
+  bits per byte of the text `name`, or the share of the pairs `name` in the right order. Both against tokens trained on.
   """
   lines = read(os.path.join(workdir, 'metrics.jsonl'))
   steps, loss = column(lines, 'loss')
   if len(steps) < 2:
     return None
-  at, bits = column(lines, f'{name}/bits_per_byte')
+  at, held = column(lines, f'{name}/bits_per_byte')
+  of_loss, of_held = 'nats per token', 'held-out text\n(bits per byte)'
+  if not len(at):
+    at, held = column(lines, f'{name}/accuracy')
+    of_loss, of_held = ('per pair' if len(at) else of_loss), 'held-out pairs\n(accuracy)'
   tokens = column(lines, 'tokens')
   panels = _panels(2 if len(at) else 1)
   x = np.interp(steps, *tokens)
   panels[0].plot(x, loss, color=TRAIN, alpha=0.3, linewidth=1)
   panels[0].plot(x, smooth(loss), color=TRAIN, linewidth=1.8)
-  _label(panels[0], 'training loss\n(nats per token)', loss, x[-1], smooth(loss)[-1], TRAIN)
+  _label(panels[0], f'training loss\n({of_loss})', loss, x[-1], smooth(loss)[-1], TRAIN)
   if len(at):
     x = np.interp(at, *tokens)
-    panels[1].plot(x, bits, color=HELD_OUT, marker='o', markersize=4, linewidth=1.8)
-    _label(panels[1], 'held-out text\n(bits per byte)', bits, x[-1], bits[-1], HELD_OUT)
+    panels[1].plot(x, held, color=HELD_OUT, marker='o', markersize=4, linewidth=1.8)
+    _label(panels[1], of_held, held, x[-1], held[-1], HELD_OUT)
   panels[-1].set_xlabel('tokens')
   path = os.path.join(workdir, 'loss.png')
   panels[0].figure.savefig(f'{path}.new', format='png')

@@ -62,9 +62,12 @@ def summary(workdir: str, step: int, steps: int) -> str:
   """The closing lines of a run: the result, where everything lies, three commands to try next."""
   here = os.path.relpath(workdir) if not os.path.relpath(workdir).startswith('..') else workdir
   bits, loss = last_value(workdir, 'heldout/bits_per_byte'), last_value(workdir, 'loss')
+  right = last_value(workdir, 'heldout/accuracy')
   result = '' if loss is None else f'training loss: {loss:.4f} nats per token'
   if bits is not None:
     result = f'held-out text: {bits:.3f} bits per byte'
+  elif right is not None:
+    result = f'held-out pairs: {100 * right:.1f} % in the right order'
   places = {
     'checkpoints/': 'weights, optimizer, data position',
     'metrics.jsonl': 'every number, one JSON object a line',

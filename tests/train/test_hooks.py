@@ -170,7 +170,9 @@ def test_evaluate_without_weights_counts_everything(tmp_path):
 
   def plain(model, params, batch, rng):
     return types.SimpleNamespace(
-      sum=jnp.float32(7.0), weight=jnp.float32(batch['targets'].size), metrics={}
+      sum=jnp.float32(8.0),
+      weight=jnp.float32(batch['targets'].size),
+      metrics=dict(nats=jnp.float32(7.0)),
     )
 
   hooks.evaluate(fake_run(tmp_path), source=lambda model: HeldOut(made), objective=plain, every=1)(
@@ -178,6 +180,28 @@ def test_evaluate_without_weights_counts_everything(tmp_path):
   )
   size = VOCAB.text_bytes[np.stack([b['targets'] for b in made])].sum()
   assert lines(tmp_path)[0]['heldout/bits_per_byte'] == pytest.approx(21.0 / math.log(2) / size)
+
+
+def test_evaluate_of_pairs_is_loss_and_metrics_per_pair(tmp_path, capsys):
+  def compare(model, params, batch, rng):
+    there = (batch['chosen/weights'] > 0).astype(jnp.float32)
+    right = (batch['margin'] > 0) * there
+    total = (batch['margin'] * there).sum()
+    return types.SimpleNamespace(sum=total, weight=there.sum(), metrics=dict(accuracy=right.sum()))
+
+  margins, there = np.float32([[1, -2, 3], [4, -5, 9]]), np.float32([[1, 1, 1], [1, 1, 0]])
+  made = [{'margin': m, 'chosen/weights': w} for m, w in zip(margins, there, strict=True)]
+  run = fake_run(tmp_path)
+  hooks.evaluate(run, source=lambda model: HeldOut(made), objective=compare, every=1)(1, make(), {})
+  (line,) = lines(tmp_path)
+  found = {key: line[f'heldout/{key}'] for key in ('loss', 'accuracy', 'count')}
+  assert found == pytest.approx(dict(loss=1 / 5, accuracy=3 / 5, count=5))
+  assert not any('bits' in key or 'nats' in key for key in line)
+  assert 'heldout loss 0.2000, accuracy 0.6000 of 5' in capsys.readouterr().out
+  run.writer.write(2, {f'heldout/{key}': value for key, value in found.items()})
+  for step in (1, 2):
+    run.writer.write(step, dict(loss=1.0 / step, tokens=100 * step))
+  assert picture.draw(str(tmp_path)).endswith('loss.png')
 
 
 def test_evaluate_uses_the_average_of_the_parameters(tmp_path):

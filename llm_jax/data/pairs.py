@@ -1,0 +1,320 @@
+r"""Preference data as sources: pairs, rankings of K answers, single answers marked good or bad, and bare prompts.
+
+    pairs      chosen/* rejected/*          the arrays of `batch.py`, [batch, length] each, `weights` 1 on the
+                                            answer only
+               margin f32 [batch]           where the data have margins
+    rankings   answer0/* ... answerK-1/*    the best first; ranked [batch, K] bool: which of them exist
+    unpaired   inputs targets weights ...   one answer per row; desirable [batch] bool
+    prompts    prompts [batch, length], lengths [batch], index [batch] int32; `source.prompts[index]` has the rest
+
+One comparison per row, padded on the right, never packed. On the rows that fill up the last batch of `once()` all
+weights are 0. Order, resumption, and the split over processes are those of `pipeline.py`; all is read and checked at
+the start.
+"""
+
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from typing import Any, NamedTuple
+
+import numpy as np
+
+from llm_jax.core.errors import UserError
+from llm_jax.data import batch as batch_lib
+from llm_jax.data import examples, pipeline, preferences, records, templates
+from llm_jax.data.preferences import Messages, Pair, Ranking
+
+SIDES = ('chosen', 'rejected')
+
+
+class Data(NamedTuple):
+  """splits: 'train' and 'validation' -> comparisons or conversations. template: a Jinja program, None for the
+  tokenizer's."""
+
+  name: str
+  splits: dict[str, list]
+  template: str | None
+  vocab: Any
+
+
+class Prompt(NamedTuple):
+  """ids: what the model answers, to be generated from with `start=None`. text: the last message of the user. told:
+  other fields of the record, for a reward to look at."""
+
+  ids: list[int]
+  text: str
+  messages: Messages
+  told: dict[str, Any]
+  where: str
+
+
+def files(
+  *,
+  path: str | tuple,
+  format: Callable = preferences.hh_rlhf,
+  template: str | None = None,
+  heldout: float = 0.1,
+  bad: int = 0,
+  columns: tuple = (),
+  vocab: Callable,
+  name: str | None = None,
+) -> Data:
+  """Comparisons (or, for `prompts`, conversations) in local files.
+
+  format: from `preferences`, for prompts also from `formats`. The others: see `examples.conversations`. Raises
+  `UserError` where two comparisons have one id.
+  """
+  found = examples.parsed(path, format, bad, columns)
+  preferences.check_unique(one for one in found if isinstance(one, Pair | Ranking))
+  parts = dict(zip(('train', 'validation'), examples.held_out(found, heldout), strict=True))
+  title = name or (path if isinstance(path, str) else path[0])
+  return Data(title, parts, templates.named(template), vocab(None))
+
+
+def hh_harmless(
+  *, template: str | None = None, heldout: float = 0.15, vocab: Callable, name: str = 'hh_harmless'
+) -> Data:
+  """The harmless part of HH-RLHF's test split, bundled: 2,308 pairs, without four that have an empty answer.
+
+  Content warning: people tried to make an assistant say harmful things (see SOURCE.md beside the file).
+  """
+  path = records.bundled('hh_harmless/harmless-base_test.jsonl.gz')
+  found = dict(path=path, format=preferences.hh_rlhf, bad=4, name=name)
+  return files(template=template, heldout=heldout, vocab=vocab, **found)
+
+
+def politeness(
+  *, template: str | None = None, heldout: float = 0.1, vocab: Callable, name: str = 'politeness'
+) -> Data:
+  """The bundled instructions, each with a polite answer (chosen) and an impolite one: 1,094 pairs, without six where
+  the two are the same."""
+  path = records.bundled('instructions/instruction-data-with-preference.json.gz')
+  found = dict(path=path, format=preferences.alpaca, bad=6, name=name)
+  return files(template=template, heldout=heldout, vocab=vocab, **found)
+
+
+def pairs(
+  model: Any,
+  *,
+  data: Callable,
+  split: str = 'train',
+  batch: int = 8,
+  length: int = 512,
+  encoder_length: int | None = None,
+  left_out: float = 0.0,
+  shuffle: bool = True,
+  seed: int = 0,
+  process_index: int | None = None,
+  process_count: int | None = None,
+) -> pipeline.Source:
+  """Pairs, one to a row; a ranking gives all its pairs. left_out: the share of comparisons that may be too long; they
+  are left out and counted. The others: see `pipeline.make`."""
+  made = data()
+  comparisons = [p for one in examples.of_split(made.splits, split, made.name) for p in _pairs(one)]
+  margins = all(one.margin is not None for one in comparisons)
+
+  def row(one: Pair, layout: batch_lib.Layout) -> dict[str, Any]:
+    sides = {
+      side: _laid(made, one.prompt, answer, layout, one.where)
+      for side, answer in zip(SIDES, (one.chosen, one.rejected), strict=True)
+    }
+    return sides | (dict(margin=np.float32(one.margin)) if margins else {})
+
+  told = dict(margin=np.float32(0)) if margins else {}
+  sizes = (batch, length, encoder_length, left_out, shuffle, seed, process_index, process_count)
+  return _source(model, made, comparisons, row, SIDES, told, *sizes)
+
+
+def rankings(
+  model: Any,
+  *,
+  data: Callable,
+  answers: int = 4,
+  split: str = 'train',
+  batch: int = 8,
+  length: int = 512,
+  encoder_length: int | None = None,
+  left_out: float = 0.0,
+  shuffle: bool = True,
+  seed: int = 0,
+  process_index: int | None = None,
+  process_count: int | None = None,
+) -> pipeline.Source:
+  """Rankings, all answers to a prompt in one row (InstructGPT), at most `answers` of them: the best, the worst, and
+  those at equal distances between. A pair is a ranking of two. The others: see `pairs`."""
+  if answers < 2:
+    raise UserError(f'answers={answers}: a ranking has at least 2')
+  made = data()
+  comparisons = [
+    preferences.ranking_of(one) if isinstance(one, Pair) else one
+    for one in examples.of_split(made.splits, split, made.name)
+  ]
+  names = tuple(f'answer{k}' for k in range(answers))
+
+  def row(one: Ranking, layout: batch_lib.Layout) -> dict[str, Any]:
+    count = min(answers, len(one.answers))
+    chosen = [round(x) for x in np.linspace(0, len(one.answers) - 1, count)]
+    texts = [_laid(made, one.prompt, one.answers[i], layout, one.where) for i in chosen]
+    return dict(zip(names, texts, strict=False)) | dict(ranked=np.arange(answers) < count)
+
+  told = dict(ranked=np.zeros(answers, bool))
+  sizes = (batch, length, encoder_length, left_out, shuffle, seed, process_index, process_count)
+  return _source(model, made, comparisons, row, names, told, *sizes)
+
+
+def unpaired(
+  model: Any,
+  *,
+  data: Callable,
+  split: str = 'train',
+  batch: int = 8,
+  length: int = 512,
+  encoder_length: int | None = None,
+  left_out: float = 0.0,
+  shuffle: bool = True,
+  seed: int = 0,
+  process_index: int | None = None,
+  process_count: int | None = None,
+) -> pipeline.Source:
+  """Both answers of every pair on their own, marked as desirable or not (KTO). The others: see `pairs`."""
+  made = data()
+  comparisons = [
+    (one, good)
+    for ranking in examples.of_split(made.splits, split, made.name)
+    for one in _pairs(ranking)
+    for good in (True, False)
+  ]
+
+  def row(one: tuple[Pair, bool], layout: batch_lib.Layout) -> dict[str, Any]:
+    pair, good = one
+    said = pair.chosen if good else pair.rejected
+    return {'': _laid(made, pair.prompt, said, layout, pair.where), 'desirable': np.bool_(good)}
+
+  told = dict(desirable=np.bool_(False))
+  sizes = (batch, length, encoder_length, left_out, shuffle, seed, process_index, process_count)
+  return _source(model, made, comparisons, row, ('',), told, *sizes)
+
+
+def prompts(
+  model: Any,
+  *,
+  data: Callable,
+  split: str = 'train',
+  batch: int = 8,
+  length: int = 256,
+  encoder_length: int | None = None,
+  left_out: float = 0.0,
+  shuffle: bool = True,
+  seed: int = 0,
+  process_index: int | None = None,
+  process_count: int | None = None,
+) -> pipeline.Source:
+  """What is asked, without the answers: of a conversation all up to its last message of the user. length: of the
+  longest prompt. The source has `prompts`, a tuple of `Prompt`, beside `vocab`. The others: see `pairs`."""
+  made = data()
+  found, lost = [], []
+  for one in examples.of_split(made.splits, split, made.name):
+    turns = list(one.prompt if hasattr(one, 'prompt') else one.messages)
+    while turns and turns[-1]['role'] != 'user':
+      turns.pop()
+    ids = templates.prompt(made.vocab, turns, made.template)
+    if len(ids) > length:
+      lost.append(f'{one.where}: the prompt has {len(ids)} tokens, the context {length}')
+      continue
+    found.append(Prompt(ids, turns[-1]['content'], turns, getattr(one, 'told', {}), one.where))
+  examples.count_lost(lost, len(lost) + len(found), left_out, made.name)
+
+  def write(rows: Sequence[Iterator], size: int) -> dict[str, np.ndarray]:
+    arrays = dict(prompts=np.zeros((size, length), np.int32))
+    arrays |= {name: np.zeros(size, np.int32) for name in ('lengths', 'index')}
+    for i, row in enumerate(rows):
+      _, _, number = next(row)
+      ids = found[number].ids
+      arrays['prompts'][i, : len(ids)] = ids
+      arrays['lengths'][i], arrays['index'][i] = len(ids), number
+    return arrays
+
+  sizes = (batch, length, encoder_length, shuffle, seed, process_index, process_count)
+  source = _over(model, made, range(len(found)), write, *sizes)
+  source.prompts = tuple(found)
+  return source
+
+
+def empty(
+  layout: batch_lib.Layout, names: Sequence[str], told: Mapping[str, Any], size: int
+) -> dict[str, np.ndarray]:
+  """Arrays for `size` rows with the texts `names`, all padding. told: name -> the value of one row of padding."""
+  made = {_key(side, k): v for side in names for k, v in batch_lib.empty(layout, size).items()}
+  return made | {
+    k: np.broadcast_to(v, (size, *np.shape(v))).astype(np.asarray(v).dtype) for k, v in told.items()
+  }
+
+
+def _source(
+  model, made, comparisons, row, names, told, batch, length, encoder_length, left_out, *rest
+) -> pipeline.Source:
+  layout = pipeline.layout_of(model.card.kind, length, encoder_length, batch_lib.pad(), made.vocab)
+  found, lost = [], []
+  for one in comparisons:
+    laid = row(one, layout)
+    texts = [value for value in laid.values() if isinstance(value, batch_lib.Example)]
+    long = [text for text in texts if not examples.fits(layout, text)]
+    if long:
+      where = one[0].where if type(one) is tuple else one.where
+      lost.append(f'{where}: {examples.why(layout, long[0])}')
+    else:
+      found.append(laid)
+  examples.count_lost(lost, len(comparisons), left_out, made.name)
+
+  def write(rows: Sequence[Iterator], size: int) -> dict[str, np.ndarray]:
+    arrays = empty(layout, names, told, size)
+    for i, row in enumerate(rows):
+      _, _, laid = next(row)
+      for name, value in laid.items():
+        if isinstance(value, batch_lib.Example):
+          part = {k: arrays[_key(name, k)] for k in batch_lib.empty(layout, 0)}
+          batch_lib.put(part, layout, i, 1, 0, 0, value)
+        else:
+          arrays[name][i] = value
+    return arrays
+
+  return _over(model, made, found, write, batch, length, encoder_length, *rest)
+
+
+def _over(
+  model, made, items, write, batch, length, encoder_length, shuffle, seed, *process
+) -> pipeline.Source:
+  """The source of one item per row."""
+  process = pipeline.processes(*process)
+  pipeline.check_sizes(model.card, batch, length, encoder_length, process[1])
+  pipeline.check_vocab(model.card, made.vocab)
+  opened = [examples.listed(items)]
+  order = pipeline.endless_order(opened, (1.0,), seed, shuffle)
+
+  def block(chunks: Any) -> pipeline.Block:
+    return pipeline.Block(len(chunks.sizes), lambda r: iter([(0, 0, chunks.get(r))]))
+
+  return pipeline.Source(
+    made.vocab,
+    batch,
+    length,
+    process,
+    None,
+    write,
+    lambda j: block(*order(j)),
+    lambda: (block(*units) for units in pipeline.one_pass(opened)),
+  )
+
+
+def _pairs(one: Pair | Ranking) -> list[Pair]:
+  return [one] if isinstance(one, Pair) else preferences.pairs_of(one)
+
+
+def _laid(
+  made: Data, prompt: Messages, answer: Messages, layout: batch_lib.Layout, where: str
+) -> batch_lib.Example:
+  """A prompt and an answer as one example. For an encoder-decoder the answer is all after the prompt."""
+  encoded = templates.encode(made.vocab, [*prompt, *answer], made.template, first=len(prompt))
+  return examples.of(encoded, layout, made.vocab, where)[-1]
+
+
+def _key(side: str, name: str) -> str:
+  return f'{side}/{name}' if side else name
