@@ -102,14 +102,14 @@ def right(found: Sequence[Sampled], *, least: float = 1.0) -> Records:
 
 
 def pairs(found: Sequence[Sampled]) -> Records:
-  """The best and the worst answer to each prompt whose answers differ in reward, with the difference as `margin`."""
+  """The best and the worst answer to each prompt whose answers differ in reward, with both rewards."""
   made = []
   for one in found:
     best, worst = int(one.scores.argmax()), int(one.scores.argmin())
     if one.scores[best] > one.scores[worst]:
-      margin = float(one.scores[best] - one.scores[worst])
       answers = dict(chosen=one.answers[best], rejected=one.answers[worst])
-      made.append(dict(prompt=one.prompt, **answers, margin=margin))
+      scores = dict(score_chosen=one.scores[best], score_rejected=one.scores[worst])
+      made.append(dict(prompt=one.prompt, **answers, **{k: float(v) for k, v in scores.items()}))
   return made
 
 

@@ -60,7 +60,9 @@ def test_what_is_kept():
     dict(instruction='a', output='x', reward=0.0)
   ]
   made = feedback.pairs(found())
-  assert made[1] == dict(prompt='b', chosen='b0', rejected='b3', margin=3.0)
+  assert made[1] == dict(
+    prompt='b', chosen='b0', rejected='b3', score_chosen=0.0, score_rejected=-3.0
+  )
   assert feedback.pairs([found()[0]._replace(scores=np.zeros(4))]) == []
 
 
