@@ -24,8 +24,8 @@ def test_readers_read_what_makers_write(tmp_path):
   text = lambda messages: [m['content'] for m in messages]
   assert (
     text(pair.prompt) == ['Say a'] and text(pair.chosen) == ['a'] and text(pair.rejected) == ['b']
-  assert pair.margin == 1
   )
+  assert pair.margin == 1
   likes = lambda prompts, first, second, principles: np.array([0.2])
   made = constitutional.label(likes, ['Say a'], ['b'], ['a'], KEY)
   assert read(tmp_path / 'labels.jsonl', made, preferences.chosen_rejected)[0].chosen == pair.chosen
