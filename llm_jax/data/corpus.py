@@ -89,7 +89,12 @@ def fingerprint(paths: Sequence[str], *settings: Any) -> str:
 
 @functools.cache
 def content(path: str) -> bytes | mmap.mmap:
-  """The bytes of a file, after checking that they are UTF-8 text; kept open.
+  """The bytes of a file as `load` gives them, kept open."""
+  return load(path)
+
+
+def load(path: str) -> bytes | mmap.mmap:
+  """The bytes of a file, after checking that they are UTF-8 text.
 
   Raises `UserError` naming file and byte offset.
   """

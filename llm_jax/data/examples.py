@@ -304,15 +304,17 @@ def fitted(
     total += 1
     if not any(m['role'] == 'assistant' for m in one.messages):
       raise UserError(f'{one.where}: the conversation has no answer to learn')
+    tried: list[batch_lib.Example] = []
     for messages in shorter(one.messages):
-      parts = of(templates.encode(vocab, messages, template), layout, vocab, one.where)
-      kept = [p for p in parts if fits(layout, p)]
-      if len(kept) == len(parts):
+      encoded = templates.encode(vocab, messages, template, first=one.first)
+      parts = of(encoded, layout, vocab, one.where) if len(messages) > one.first else []
+      tried = parts or tried
+      if parts and all(fits(layout, part) for part in parts):
         cut += len(messages) < len(one.messages)
         made += parts
         break
     else:
-      lost.append(f'{one.where}: {why(layout, parts[0])}')
+      lost.append(f'{one.where}: {why(layout, tried[0])}')
   count_lost(lost, total, left_out, name)
   if cut:
     _say(f'{name}: {cut} of {total} conversations are too long and have lost their last turns')

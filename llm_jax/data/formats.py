@@ -32,11 +32,13 @@ ROLES = {
 
 class Conversation(NamedTuple):
   """messages: dicts of role and content, and of what else a template may read (`instruction`, `input`). where:
-  'FILE:LINE'. told: other fields of the record, for instance the right answer."""
+  'FILE:LINE'. told: other fields of the record, for instance the right answer. first: messages before this one are not
+  learned."""
 
   messages: list[dict[str, str]]
   where: str
   told: dict[str, Any]
+  first: int = 0
 
 
 def checked(
@@ -288,6 +290,28 @@ def renamed(conversation: Conversation, *, names: Mapping[str, str]) -> Conversa
 
   said = [dict(m, content=change(m['content'])) for m in conversation.messages]
   return conversation._replace(messages=said)
+
+
+def reminded(conversation: Conversation, *, instruction: str) -> Conversation:
+  """The conversation with the instruction in front of everything the user says: what GAtt samples answers for."""
+  said = [
+    dict(m, content=f'{instruction}\n\n{m["content"]}') if m['role'] == 'user' else m
+    for m in conversation.messages
+  ]
+  return conversation._replace(messages=said)
+
+
+def ghost(conversation: Conversation, *, instruction: str) -> Conversation:
+  """GAtt (LLaMA 2, arXiv:2307.09288, section 3.3): of a conversation sampled with `reminded`, the instruction once,
+  before the first message, and only the last answer to be learned."""
+  said = [
+    dict(m, content=m['content'].removeprefix(f'{instruction}\n\n')) if m['role'] == 'user' else m
+    for m in conversation.messages
+  ]
+  at = next(i for i, m in enumerate(said) if m['role'] == 'user')
+  said[at] = dict(said[at], content=f'{instruction}\n\n{said[at]["content"]}')
+  last = max(i for i, m in enumerate(said) if m['role'] == 'assistant')
+  return conversation._replace(messages=said, first=last)
 
 
 def _rest(record: Record, *used: str) -> dict[str, Any]:

@@ -100,8 +100,7 @@ def _file(path: str, columns: tuple) -> Iterator[Record]:
   elif suffix == '.jsonl':
     yield from _lines(path)
   elif suffix == '.json':  # many published files of JSON lines have this name
-    whole = bytes(corpus.content(path)[:64]).lstrip()[:1] == b'['
-    yield from _list(path) if whole else _lines(path)
+    yield from _list(path) if _text(path).lstrip()[:1] == '[' else _lines(path)
   else:
     known = ('.json', '.jsonl', '.tsv', '.parquet', '.arrow')
     raise UserError(f'{path}: no reader for {suffix!r}; {nearest(suffix, known)} (each also .gz)')
@@ -201,7 +200,7 @@ def _open(path: str) -> Any:
 
 
 def _text(path: str) -> str:
-  return bytes(corpus.content(path)).decode()
+  return bytes(corpus.load(path)).decode()
 
 
 def _checked(value: Any, where: str) -> Record:

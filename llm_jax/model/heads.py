@@ -7,7 +7,7 @@ import flax.linen as nn
 import jax
 import jax.numpy as jnp
 
-from llm_jax.core import weights
+from llm_jax.core import mesh, weights
 from llm_jax.model import param
 from llm_jax.model.dropout import dropout as drop
 from llm_jax.model.positions import Learned
@@ -20,7 +20,8 @@ class Embedding(nn.Module):
   the share a of the gradient that reaches the table, e = a * e + (1 - a) * stop_gradient(e) (GLM-130B, Zeng et al.
   2022, arXiv:2210.02414, section 3.1: 0.1). norm: on the vectors, before positions are added (BLOOM, Le Scao et al.
   2022, arXiv:2211.05100, section 3.2.3). rank: width of the table, then projected to embed; None = embed (ALBERT, Lan
-  et al. 2019, arXiv:1909.11942, section 3.1; OPT-350M).
+  et al. 2019, arXiv:1909.11942, section 3.1; OPT-350M). noise: alpha of NEFTune (Jain et al. 2023, arXiv:2310.05914):
+  while there is a key, uniform noise in +-alpha / sqrt(t * embed) is added, t being the length of the row (5 to 15).
   """
 
   scaled: bool = False
@@ -28,6 +29,7 @@ class Embedding(nn.Module):
   gradient: float = 1.0
   norm: Callable | None = None
   rank: int | None = None
+  noise: float = 0.0
 
   @nn.compact
   def __call__(self, ids: jax.Array, rows: int, embed: int, dtype: Any) -> jax.Array:
@@ -45,7 +47,13 @@ class Embedding(nn.Module):
 
   @nn.nowrap
   def finish(self, x: jax.Array, rng: jax.Array | None) -> jax.Array:
-    """Dropout, once the positions are in."""
+    """Noise and dropout, once the positions are in."""
+    if rng is not None and self.noise:
+      size = self.noise / (x.shape[-2] * x.shape[-1]) ** 0.5
+      like = jax.typeof(x).sharding if mesh.is_explicit() else None
+      key = jax.random.fold_in(rng, 1)
+      drawn = jax.random.uniform(key, x.shape, jnp.float32, -size, size, out_sharding=like)
+      x = x + drawn.astype(x.dtype)
     return drop(x, self.dropout, rng)
 
 

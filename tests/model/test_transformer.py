@@ -376,6 +376,23 @@ def test_heads(tiny, ids):
   np.testing.assert_allclose(narrow, np.asarray(x) @ project @ table.T, rtol=1e-4, atol=1e-4)
 
 
+def test_neftune_adds_uniform_noise_while_there_is_a_key(tiny, ids):
+  """Uniform in +-alpha / sqrt(L d) (Jain et al. 2023, algorithm 1), so of deviation alpha / sqrt(3 L d)."""
+  x = jnp.zeros((64, 50, 32))
+  noisy = heads.Embedding(noise=5.0)
+  added = np.asarray(noisy.finish(x, jax.random.key(0)))
+  most = 5.0 / (50 * 32) ** 0.5
+  assert 0.999 * most < np.abs(added).max() <= most
+  np.testing.assert_allclose(added.std(), most / 3**0.5, rtol=0.01)
+  assert abs(added.mean()) < 4 * added.std() / added.size**0.5
+  assert (added != np.asarray(noisy.finish(x, jax.random.key(1)))).all()
+  model = tiny.causal(embedding=functools.partial(heads.Embedding, noise=5.0))
+  params, batch = model.init(jax.random.key(0)), dict(inputs=ids)
+  plain = tiny.causal().hidden(params, batch).x
+  np.testing.assert_array_equal(model.hidden(params, batch).x, plain)
+  assert (model.hidden(params, batch, rng=jax.random.key(0)).x != plain).any()
+
+
 @pytest.mark.parametrize('head', [heads.Tied, heads.Untied])
 def test_rows_that_pad_the_vocabulary_have_no_probability(tiny, ids, head):
   model = tiny.causal(head=head, vocab_multiple=32)
