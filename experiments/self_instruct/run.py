@@ -25,7 +25,7 @@ SEEDS = flags.DEFINE_string('seeds', BUNDLED, 'seed tasks, as JSON lines')
 OUT = flags.DEFINE_string('out', 'self_instruct.jsonl', 'where the records go')
 WANTED = flags.DEFINE_integer('wanted', 100, 'new tasks to make')
 ROUNDS = flags.DEFINE_integer('rounds', 100, 'requests at most, each of --parallel lists')
-PARALLEL = flags.DEFINE_integer('parallel', 8, 'lists per round, which are one batch')
+PARALLEL = flags.DEFINE_integer('parallel', 8, 'lists per round')
 SEED = flags.DEFINE_integer('seed', 0, 'what the draws depend on')
 LIST, KIND, INSTANCE = 160, 4, 96  # tokens of an answer
 
@@ -39,7 +39,7 @@ def main(argv: list[str]) -> None:
   def write(prompts, key):
     last = prompts[0].rpartition('\n')[2]
     most = KIND if last == 'Labels:' else LIST if last.endswith('.') else INSTANCE
-    told = dict(max_new=most, temperature=0.7, top_p=0.9, batch=PARALLEL.value)
+    told = dict(max_new=most, temperature=0.7, top_p=0.9, batch=8)
     return feedback.of_model(model, params, words, **told)(prompts, key)
 
   seeds, start = synthesize.read_seeds(SEEDS.value), time.perf_counter()
