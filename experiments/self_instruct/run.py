@@ -3,8 +3,7 @@ r"""Self-Instruct with our own engine: instructions that a model writes from the
   make smollm2
   .venv/bin/python experiments/self_instruct/run.py --workdir=runs/smollm2 --out=made.jsonl
 
-Writes a record per instance, in Alpaca's form, and prints how many candidates each rule refused. What came out:
-README.md beside this file.
+Writes a record per instance, in Alpaca's form, and prints how many candidates each rule refused.
 """
 
 import sys
