@@ -1,1 +1,1 @@
-"""Alignment recipes. `dpo` is the parent; the others differ from it in objective, in what is read, or in the model."""
+"""Alignment: learning from preferences (`dpo` is their parent) and reinforcement learning (`grpo` is theirs)."""

@@ -16,7 +16,7 @@ import jax.numpy as jnp
 from llm_jax.core import weights
 from llm_jax.model.functions import Model, Params
 
-NAME = 'scalar'
+NAME, CRITIC = 'scalar', 'critic'
 
 
 def head(model: Model) -> Model:
@@ -44,3 +44,17 @@ def read(params: Params, x: jax.Array) -> jax.Array:
   own = params[NAME]
   y: Any = weights.einsum('btd,d->bt', x, own['w'], dtype=jnp.float32)
   return y.astype(jnp.float32) + own['bias'].astype(jnp.float32)
+
+
+def with_critic(policy: Model, critic: Model) -> Model:
+  """`policy` with a critic of its own weights among its parameters, under `critic`; the critic has a scalar head."""
+
+  def init(key: jax.Array) -> Params:
+    return dict(policy.init(key), **{CRITIC: critic.init(jax.random.fold_in(key, 2))})
+
+  return policy._replace(init=init, axes=dict(policy.axes, **{CRITIC: critic.axes}))
+
+
+def make_with_critic(*, model: Callable, critic: Callable) -> Model:
+  """As `with_critic`, of what a config builds; the critic needs no head of its own, it gets one here."""
+  return with_critic(model(), head(critic()))
