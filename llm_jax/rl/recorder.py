@@ -129,8 +129,8 @@ def diagnose(
 
   gap: nats. stale: old_kl, nats per token. sign: correlation. entropy: part of the first panel's. growth: of the length
   since the first panel, when its correlation with the reward was by_length. fall: of the gold reward, in its absolute
-  value, while the reward rises by as much. kl: nats per answer. explained: variance, of a critic that does not get better. The first panel is that of the
-  first round; trends need all panels of the window.
+  value, while the reward rises by as much. kl: nats per answer. explained: variance, of a critic that does not get
+  better. The first panel is that of the first round; trends are read from three panels on.
   """
   first, last, found = panels[0], panels[-1], {}
   if last['gap'] > gap:

@@ -143,8 +143,8 @@ def example(c, model):
   batch = batch_lib.empty(layout, c.microbatches)
   if c.source.fn == config_lib.path_of(rollout.make):
     names = ('old_logp', 'advantages', 'ref_logp', 'values', 'returns')
-    batch |= {name: batch['weights'] for name in names}
-    batch |= {name: batch['weights'][:, 0] for name in ('reward', 'gap', 'fresh')}
+    batch |= dict.fromkeys(names, batch['weights'])
+    batch |= dict.fromkeys(('reward', 'gap', 'fresh'), batch['weights'][:, 0])
   return batch
 
 
