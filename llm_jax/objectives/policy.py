@@ -292,8 +292,8 @@ def _nats(model: Any, params: Any, batch: Batch, chunk: int | None) -> jax.Array
   scored = (model.logits, model.head(params), x, batch['targets'], batch['weights'])
   penalty = cross_entropy.Penalty(0.0, 0.0, model.card.vocab)
   if chunk is None:
-    return cross_entropy.whole(*scored, penalty).nats
-  return cross_entropy.fused(*scored, penalty, chunk).nats
+    return cross_entropy.whole(*scored, penalty).loss
+  return cross_entropy.fused(*scored, penalty, chunk).loss
 
 
 def _loss(
