@@ -3,7 +3,7 @@ r"""Objectives of reinforcement learning: what makes answers likelier that earne
 A batch holds texts whose `weights` are 1 on the answer, and what needs no gradient (llm_jax/rl/rollout.py): f32
 [batch, length] `old_logp` (of the policy that wrote the answer), `advantages`, where there is a reference `ref_logp`,
 for a critic `values` and `returns`; [batch] `fresh`, 1 where no update lies between writing and learning, and `reward`
-and `gap`, which are only reported. Dropout is off, so that the ratio to the policy that wrote is exactly 1 in a fresh row.
+and `gap`, which are only reported. There is no dropout: in a fresh row the ratio to the policy that wrote is exactly 1.
 
 With `r = exp(logp - old_logp)` the clipped surrogate is `min(r A, clip(r, 1 - low, 1 + high) A)`. The objectives
 differ in what a ratio belongs to (token or answer) and what is averaged (tokens, answers, a constant).
@@ -103,9 +103,9 @@ def ppo(
   """PPO (Schulman et al. 2017, arXiv:1707.06347, eq. 7 and 9) as InstructGPT has it, a mean over tokens.
 
   -surrogate + value_weight max((V - R)^2, (clip(V, V_old - value_clip, V_old + value_clip) - R)^2) / 2 - entropy H.
-  Where the batch has a text `ptx/...` of the pre-training data (`rl.pretraining.with_ptx`), PPO-ptx: + ptx times its cross
-  entropy per token (arXiv:2203.02155, eq. 2; gamma = 27.8). value: (model, params, batch, x) -> f32 [batch, length]. The
-  KL penalty is part of the rewards.
+  Where the batch has a text `ptx/...` of the pre-training data (rl/pretraining.py), PPO-ptx: + ptx times its cross
+  entropy per token (arXiv:2203.02155, eq. 2; gamma = 27.8). value: (model, params, batch, x) -> f32 [batch, length].
+  The KL penalty is part of the rewards.
   """
   now = _read(model, params, batch, chunk, temperature)
   ratio = jnp.exp(now.logp - now.old)
@@ -292,8 +292,8 @@ def _nats(model: Any, params: Any, batch: Batch, chunk: int | None) -> jax.Array
   scored = (model.logits, model.head(params), x, batch['targets'], batch['weights'])
   penalty = cross_entropy.Penalty(0.0, 0.0, model.card.vocab)
   if chunk is None:
-    return cross_entropy.whole(*scored, penalty).nats
-  return cross_entropy.fused(*scored, penalty, chunk).nats
+    return cross_entropy.whole(*scored, penalty).loss
+  return cross_entropy.fused(*scored, penalty, chunk).loss
 
 
 def _loss(

@@ -1,4 +1,4 @@
-"""Text of the pre-training data beside the answers of a policy: PPO-ptx (InstructGPT, arXiv:2203.02155, section 3.5)."""
+"""Text of the pre-training data beside the answers of a policy: PPO-ptx (InstructGPT, arXiv:2203.02155, eq. 2)."""
 
 from collections.abc import Callable, Mapping
 from typing import Any

@@ -44,8 +44,8 @@ def record(
   """Writes the panel of every `every`th round as `rl/...` and says when something has a name, once per failure.
 
   gold: a reward that the policy does not see. parts: (prompts, answers, told) -> name -> f32 [n], the components of the
-  reward. window: rounds that trends are read from. temperature: that of the rollout. judge: `diagnose` with other thresholds. The
-  panel is of the round's answers under the policy after the round's first update.
+  reward. window: rounds that trends are read from. temperature: that of the rollout. judge: `diagnose`, or that with
+  other thresholds. The panel is of the round's answers under the policy after the round's first update.
   """
   if every < 1 or window < 2:
     raise UserError(f'recorder: every={every} must be at least 1 and window={window} 2')
@@ -119,7 +119,7 @@ def diagnose(
   stale: float = 0.05,
   sign: float = -0.1,
   entropy: float = 0.1,
-  growth: float = 1.3,
+  growth: float = 1.1,
   by_length: float = 0.7,
   fall: float = 0.05,
   kl: float = 25.0,
@@ -128,9 +128,9 @@ def diagnose(
   """What the panels of the last rounds show, oldest first: name -> the number that gave it away.
 
   gap: nats. stale: old_kl, nats per token. sign: correlation. entropy: part of the first panel's. growth: of the length
-  since the first panel, or by_length of its correlation with the reward. fall: of the gold reward, in its absolute
-  value, while the reward rises by as much. kl: nats per answer. explained: variance. The first panel is that of the
-  first round; trends need all panels of the window.
+  since the first panel, when its correlation with the reward was by_length. fall: of the gold reward, in its absolute
+  value, while the reward rises by as much. kl: nats per answer. explained: variance, of a critic that does not get
+  better. The first panel is that of the first round; trends are read from three panels on.
   """
   first, last, found = panels[0], panels[-1], {}
   if last['gap'] > gap:
@@ -151,17 +151,19 @@ def diagnose(
     found['kl_runaway'] = f'{last["kl"]:.1f} nats per answer'
   if len(panels) < 3:
     return found
-  recent = panels[1:]
   rise = last['reward'] - first['reward']
   longer = last['length'] > growth * first['length']
-  if longer and rise > 0 and np.mean([p['by_length'] for p in recent]) > by_length:
+  if longer and rise > 0 and max(p['by_length'] for p in panels) > by_length:
     found['length_exploit'] = f'{last["length"]:.1f} tokens, {first["length"]:.1f} at first'
   if 'reward/gold' in last and rise > fall and last['reward/gold'] < first['reward/gold'] - fall:
     found['reward_hacking'] = (
       f'reward +{rise:.2f}, gold {last["reward/gold"] - first["reward/gold"]:+.2f}'
     )
-  if 'explained_variance' in last and all(p['explained_variance'] < explained for p in recent):
-    found['value_collapse'] = f'explained variance {last["explained_variance"]:.2f}'
+  if 'explained_variance' in last:
+    told = [p['explained_variance'] for p in panels]
+    learns = told[-1] > told[0] + 0.1 * abs(told[0])  # a fresh critic begins far below 0 and rises
+    if max(told[1:]) < explained and not learns:
+      found['value_collapse'] = f'explained variance {told[-1]:.2f}'
   return found
 
 

@@ -147,14 +147,14 @@ def make(
 
   prompts: () -> list of dicts with `prompt` and whatever the reward is told. reward: (prompts, answers, told) -> f32
   [n]. vocab: () -> the vocabulary; rewards see text, so nobody else has to share it. estimate: of rl/advantage.py.
-  reference: (model) -> parameters that log-probabilities are held against, see `of_run`. value: as in `policy.ppo`, None
-  for no critic. beta: of the KL penalty per token, moved after each round by control(beta, kl). keep: which answers are
-  learned from; prompts are drawn until the round is full, `tries` times at most. penalty: lengths [n] -> added to the
+  reference: (model) -> parameters that log-probabilities are held against, see `of_run`. value: as in `policy.ppo`,
+  None for no critic. beta: of the KL penalty per token, moved after each round by control(beta, kl). keep: the answers
+  to learn from; prompts are drawn until the round is full, `tries` times at most. penalty: lengths [n] -> added to the
   scores. form: `plain` or `chat`. prompt_length: tokens, default those of the longest. temperature: of the policy, for
   drawing and for all log-probabilities (objectives have the same argument).
 
-  Raises `UserError` for what does not fit together and for a prompt that is too long, before anything is compiled; while
-  running for a reward that is no number, naming the prompt.
+  Raises `UserError` for what does not fit together and for a prompt that is too long, before anything is compiled;
+  while running for a reward that is no number, naming the prompt.
   """
   if model.card.kind == 'encoder_decoder':
     raise UserError('rollout.make: an encoder-decoder cannot be the policy; choose a decoder')

@@ -17,7 +17,8 @@ from llm_jax.core import mesh, tree
 from llm_jax.core.config import build
 from llm_jax.core.errors import UserError
 from llm_jax.data import batch as batch_lib
-from llm_jax.model import count
+from llm_jax.model import count, scalar
+from llm_jax.rl import rollout
 from llm_jax.train import state as state_lib
 from llm_jax.train import step as step_lib
 
@@ -119,8 +120,8 @@ def test_reads_checks_and_survives_json(file, text):
 def test_the_model_is_built_without_allocating_it(file, text):
   model = model_of(file, text)
   shapes = jax.eval_shape(model.init, jax.random.key(0))
-  shapes.pop('scalar', None)  # beside what the card describes
-  assert tree.count(shapes) == count.total(model.card)
+  heads = {name: part for name, part in shapes.items() if name in (scalar.NAME, scalar.CRITIC)}
+  assert tree.count(shapes) - tree.count(heads) == count.total(model.card)
   if text in SIZES.get(file, {}):
     assert count.total(model.card._replace(rows=model.card.vocab)) == SIZES[file][text]
 
@@ -141,18 +142,21 @@ def test_state_and_optimizer_divide_over_eight_devices(file, text):
       assert tree.count(one) < 1.01 * tree.count(shapes) / 8
 
 
-def example(c, card):
+def example(c, model):
   """A batch with the arrays that the source of a config gives; padding."""
-  source, rows = inner(c), c.microbatches
-  encoder = source.get('encoder_length') or source.length
-  layout = batch_lib.Layout(card.kind, source.length, encoder if card.encoder_layers else 0, True)
+  source, rows, card = inner(c), c.microbatches, model.card
+  length = source.get('length') or build(c.source)(model).length
+  encoder = source.get('encoder_length') or length
+  layout = batch_lib.Layout(card.kind, length, encoder if card.encoder_layers else 0, True)
   text = batch_lib.empty(layout, rows)
+  if source.fn == config_lib.path_of(rollout.make):
+    names = ('old_logp', 'advantages', 'ref_logp', 'values', 'returns')
+    text |= dict.fromkeys(names, text['weights'])
+    return text | dict.fromkeys(('reward', 'gap', 'fresh'), text['weights'][:, 0])
   sides = dict(pairs=('chosen', 'rejected'), rankings=('answer0', 'answer1'))
   numbers = {name: np.zeros(rows, np.float32) for name in ('ref_logp', 'kl')}
-  told = numbers | dict(
-    desirable=np.zeros(rows, bool), ref_ids=np.zeros((rows, source.length, 3), int)
-  )
-  told |= dict(ref_top=np.zeros((rows, source.length, 3), np.float32))
+  told = numbers | dict(desirable=np.zeros(rows, bool), ref_ids=np.zeros((rows, length, 3), int))
+  told |= dict(ref_top=np.zeros((rows, length, 3), np.float32))
   if names := sides.get(source.fn.rpartition(':')[2]):
     return {f'{side}/{k}': v for side in names for k, v in (text | numbers).items()}
   return text | told
@@ -163,7 +167,7 @@ def test_one_update_traces(file):
   text = next(iter(SIZES.get(file, {None: 0})))
   c, model = read(file, text), model_of(file, text)
   tx = build(c.optimizer)(model.axes)
-  batch = example(c, model.card)
+  batch = example(c, model)
   objective = functools.partial(build(c.objective), model)
   update = step_lib.make(objective, tx, microbatches=c.microbatches, trainable=c.trainable)
   state = jax.eval_shape(lambda: state_lib.create(model, tx, c.seed, trainable=c.trainable))

@@ -2,9 +2,9 @@
 
   python -m tests.objectives.make_policy_reference MODELS FILE      # needs the extra `parity`, and trl
 
-MODELS: the folder that tests/interop/make_reference.py wrote. FILE gets, as safetensors, under the name of each case the
-loss and the gradients of four tensors, and the log-probabilities `told/old` and `told/ref` that were handed in. `make test`
-compares with the stored `policy.safetensors`, `make parity` with a fresh one.
+MODELS: the folder that tests/interop/make_reference.py wrote. FILE gets, as safetensors, under the name of each case
+the loss and the gradients of four tensors, and the log-probabilities `told/old` and `told/ref` that were handed in.
+`make test` compares with the stored `policy.safetensors`, `make parity` with a fresh one.
 """
 
 import os

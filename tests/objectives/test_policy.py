@@ -239,6 +239,9 @@ def test_ptx_is_the_cross_entropy_of_the_other_text():
   plus, alone = (policy.ppo(model, params, b, None, ptx=27.8) for b in (both, batch))
   np.testing.assert_allclose(plus.sum - alone.sum, 27.8 * nats.sum, rtol=1e-5)
   assert plus.weight == alone.weight
+  grads = [gradient(policy.ppo, model, params, b) for b in (both, batch)]
+  wanted = jax.grad(lambda p: 27.8 * language.next_token(model, p, text, None).sum)(params)
+  close(jax.tree.map(jnp.subtract, *grads), wanted, rtol=1e-4, atol=1e-3)
 
 
 def test_a_critic_of_its_own_is_moved_by_the_value_loss_alone():

@@ -208,7 +208,7 @@ def nan_at(prompts, answers, told):
     (dict(round=60), 'round=60 must be a multiple of batch=64 and of group=8'),
     (dict(temperature=0.0), 'a policy draws'),
     (dict(beta=0.1, reference=None), 'beta=0.1 needs a reference'),
-    (dict(prompts=lambda: []), 'there are no prompts'),
+    (dict(prompts=list), 'there are no prompts'),
     (dict(prompts=lambda: [dict(prompt='ab'), dict(prompt='abc')], prompt_length=2), "prompt 1 has 3 tokens.*'abc'"),
     (dict(max_new=20), 'do not fit into the 15 positions'),
   ],
