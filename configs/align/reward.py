@@ -13,6 +13,7 @@ from llm_jax.core.config import use
 from llm_jax.data import pairs
 from llm_jax.model import scalar
 from llm_jax.objectives import reward
+from llm_jax.rl import heldout
 
 
 def get_config(text=None):
@@ -21,4 +22,7 @@ def get_config(text=None):
   if arg.run:
     c.init.only = '^(?!scalar)'  # the head begins afresh
   source = lambda **kw: use(pairs.pairs, **dpo.data(arg), **kw)
-  return dpo.finish(c, source, use(reward.bradley_terry, centre=0.01))
+  c = dpo.finish(c, source, use(reward.bradley_terry, centre=0.01))
+  with c.unlocked():
+    c.hooks.calibration = use(heldout.calibration, source=c.hooks.heldout.source, every=c.steps)
+  return c

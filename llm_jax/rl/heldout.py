@@ -1,15 +1,19 @@
-"""What a policy earns on prompts it does not learn from."""
+"""What is held out of alignment: prompts for what a policy earns, pairs for what a reward model makes of them."""
 
+import os
 from collections.abc import Callable, Mapping
 from typing import Any
 
 import jax
 import numpy as np
 
+from llm_jax.core import mesh
 from llm_jax.core.errors import UserError
 from llm_jax.decode import generate as generate_lib
 from llm_jax.decode import prompts as prompts_lib
-from llm_jax.rl import rollout
+from llm_jax.objectives import reward as reward_lib
+from llm_jax.objectives import sequence
+from llm_jax.rl import preferences, rollout
 from llm_jax.train.hooks import Hook, Run
 
 
@@ -63,5 +67,45 @@ def reward(
       scores = np.asarray(reward([r.get('prompt', '') for r in records], texts, records))
       run.writer.write(step, {f'{name}/reward': float(scores.mean())})
       run.writer.say(f'step {step}: {name} reward {scores.mean():.4f} of {len(texts)} answers')
+
+  return hook
+
+
+def calibration(
+  run: Run, *, source: Callable, every: int = 500, bins: int = 10, name: str = 'heldout'
+) -> Hook:
+  """How often a reward model prefers what people prefer, and whether it is as sure as it is right; draws it.
+
+  Every `every` steps and at the last, one pass over the pairs of `source(run.model).once()`. Writes NAME/right, the
+  share of pairs in the right order, and NAME/calibration_error; draws NAME_calibration.png.
+  """
+  if every < 1 or bins < 1:
+    raise UserError(f'heldout.calibration: every={every} and bins={bins} must be at least 1')
+  held, sides = source(run.model), ('chosen', 'rejected')
+
+  @jax.jit
+  def read(params: Any, batch: Mapping[str, jax.Array]) -> tuple[jax.Array, jax.Array]:
+    told = sequence.join(batch, sides)
+    chosen, rejected = sequence.parts(reward_lib.score(run.model, params, told), 2)
+    return chosen - rejected, sequence.parts(told['weights'].sum(-1) > 0, 2)[0]
+
+  def hook(step: int, state: Any, metrics: Mapping[str, Any]) -> None:
+    if not step or (step % every and step != run.steps):
+      return
+    with run.writer.aside():
+      found = [jax.device_get(read(state.averaged, mesh.place(batch))) for batch in held.once()]
+      margins = np.concatenate([margin[there] for margin, there in found])
+      right = float((margins > 0).sum() + 0.5 * (margins == 0).sum())
+      low, high = preferences.wilson(right, len(margins))
+      error = preferences.calibration_error(margins, bins=bins)
+      values = dict(right=right / len(margins), calibration_error=error)
+      run.writer.write(step, {f'{name}/{key}': value for key, value in values.items()})
+      if jax.process_index() == 0:
+        path = os.path.join(run.workdir, f'{name}_calibration.png')
+        preferences.plot(path, {'reward model': margins}, bins=bins)
+      run.writer.say(
+        f'step {step}: {name} {right / len(margins):.3f} of {len(margins)} pairs in the right order (95 % interval '
+        f'{low:.3f} to {high:.3f}), calibration error {error:.3f}'
+      )
 
   return hook

@@ -1,0 +1,315 @@
+r"""A step of fine-tuning, DPO and GRPO beside TRL on one tiny LLaMA (4 layers, 256 wide), in one interleaved run.
+
+  pip install torch transformers trl==1.16.0
+  python -m benchmarks.post_training                 # about ten minutes on two cores
+  python -m benchmarks.post_training --only=dpo --steps=20
+
+Both begin with the same weights, in f32, and read the same bundled instructions with the same tokenizer (byte-level
+BPE, 2,048 pieces). A step is everything from asking for a batch to updated weights; steps are taken in turn, ours after
+each of TRL's, and the median counts. What is compared is work done in a second:
+
+  sft    tokens of examples, padding not counted: 24 examples a batch, padded by TRL to the longest; packed by us into 8
+         rows of 256
+  dpo    pairs: 8 a batch, the reference's log-probabilities computed in the step, at most 160 tokens
+  grpo   answers: 8 prompts x 8 answers of at most 64 tokens, generated, scored by a function of the text, learned from
+
+`compilations` are those of llm_jax after its first two steps.
+"""
+
+import argparse
+import functools
+import os
+import statistics
+import sys
+import tempfile
+import time
+from collections.abc import Callable
+from typing import Any
+
+import numpy as np
+
+VOCAB, LONGEST, RATE = 2048, 160, 1e-4
+EXAMPLES, PAIRS, PROMPTS, GROUP, NEW = 24, 8, 8, 8, 64
+TEMPLATE = 'alpaca'
+
+
+def write(folder: str) -> Any:
+  """A LLaMA with random weights and its tokenizer, for transformers; returns the tokenizer."""
+  import tokenizers
+  import torch
+  import transformers as hf
+
+  from llm_jax.data import examples
+
+  words = tokenizers.Tokenizer(tokenizers.models.BPE())
+  words.pre_tokenizer = tokenizers.pre_tokenizers.ByteLevel(add_prefix_space=False)
+  words.decoder = tokenizers.decoders.ByteLevel()
+  letters = tokenizers.pre_tokenizers.ByteLevel.alphabet()
+  told = dict(vocab_size=VOCAB, special_tokens=['<pad>', '<eos>'], initial_alphabet=letters)
+  trainer = tokenizers.trainers.BpeTrainer(show_progress=False, **told)
+  words.train_from_iterator(examples.instructions(template=TEMPLATE).texts(), trainer)
+  named = dict(pad_token='<pad>', eos_token='<eos>')
+  tokenizer = hf.PreTrainedTokenizerFast(tokenizer_object=words, **named)
+  torch.manual_seed(0)
+  config = hf.LlamaConfig(
+    vocab_size=VOCAB,
+    hidden_size=256,
+    intermediate_size=688,
+    num_hidden_layers=4,
+    num_attention_heads=4,
+    num_key_value_heads=4,
+    max_position_embeddings=512,
+    tie_word_embeddings=True,
+    pad_token_id=0,
+    eos_token_id=1,
+    bos_token_id=None,
+  )
+  hf.LlamaForCausalLM(config).save_pretrained(folder)
+  tokenizer.save_pretrained(folder)
+  return tokenizer
+
+
+# --- ours ---------------------------------------------------------------------------------------------
+
+
+class Ours:
+  """One kind of training, a step at a time. work(batch): what a batch is worth."""
+
+  def __init__(self, run: str, source: Callable, objective: Callable, work: Callable):
+    import jax
+    import jax.numpy as jnp
+
+    from llm_jax.cli import generate
+    from llm_jax.optim import chain, rules, schedules
+    from llm_jax.train import state, step
+
+    model, params, words = generate.load(run)
+    self.source, self.work = source(model, words), work
+    schedule = functools.partial(schedules.constant, peak=RATE)
+    tx = chain.make(model.axes, rule=functools.partial(rules.adamw), schedule=schedule, clip=1.0)
+    self.update = step.make(functools.partial(objective, model), tx)
+    self.state = state.State(jnp.zeros((), jnp.int32), params, tx.init(params))
+    self.key, self.compiled, self.losses = jax.random.key(0), 0, []
+    jax.monitoring.register_event_duration_secs_listener(self._count)
+
+  def _count(self, event: str, seconds: float, **_: Any) -> None:
+    self.compiled += event == '/jax/core/compile/backend_compile_duration'
+
+  def __call__(self) -> float:
+    """One step; returns the work that was done."""
+    from llm_jax.core import mesh
+
+    batch = self.source(self.state)
+    self.state, metrics = self.update(self.state, mesh.place(batch), self.key)
+    self.losses.append(float(metrics['loss']))
+    return self.work(batch)
+
+
+def sft(run: str) -> Ours:
+  """Packed instructions."""
+  from llm_jax.data import examples
+  from llm_jax.objectives import language
+
+  def source(model: Any, words: Any) -> Any:
+    sets = (functools.partial(examples.instructions, template=TEMPLATE),)
+    task = functools.partial(examples.task, sets=sets, vocab=lambda text: words)
+    return examples.make(model, task=task, batch=8, length=256)
+
+  return Ours(run, source, language.next_token, lambda b: float((b['segments'] > 0).sum()))
+
+
+def dpo(run: str) -> Ours:
+  """Polite and impolite answers."""
+  from llm_jax.objectives import preference
+  from llm_jax.rl import annotate
+
+  def source(model: Any, words: Any) -> Any:
+    return annotate.with_reference(model, source=lambda m: _pairs(m, words), ref=run)
+
+  return Ours(run, source, preference.dpo, lambda b: float(len(b['chosen/inputs'])))
+
+
+def _pairs(model: Any, words: Any) -> Any:
+  from llm_jax.data import pairs
+
+  data = functools.partial(pairs.politeness, template=TEMPLATE, vocab=lambda text: words)
+  return pairs.pairs(model, data=data, batch=PAIRS, length=LONGEST, left_out=0.1)
+
+
+def grpo(run: str) -> Ours:
+  """Answers, drawn, scored and learned from."""
+  from llm_jax.objectives import policy
+  from llm_jax.rl import rollout
+
+  def source(model: Any, words: Any) -> Any:
+    records = [dict(prompt=text) for text in prompts(words)]
+    rows = PROMPTS * GROUP
+    reward = lambda prompts, answers, told: np.array([scored(a) for a in answers], np.float32)
+    sizes = dict(batch=rows, round=rows, group=GROUP, max_new=NEW)
+    return rollout.make(model, prompts=lambda: records, reward=reward, vocab=lambda: words, **sizes)
+
+  return Ours(run, source, policy.grpo, lambda b: float(len(b['inputs'])))
+
+
+def prompts(words: Any) -> list[str]:
+  """Instructions of at most 64 tokens."""
+  from llm_jax.data import examples
+
+  found = list(examples.instructions(template=TEMPLATE).texts())
+  return [text for text in found if len(words.encode(text)) <= 64]
+
+
+def scored(text: str) -> float:
+  """A reward that costs nothing: the share of letters that are vowels."""
+  return sum(c in 'aeiou' for c in text) / max(len(text), 1)
+
+
+# --- TRL ----------------------------------------------------------------------------------------------
+
+
+def trainer(kind: str, folder: str, tokenizer: Any, run: str, steps: int, callback: Any) -> Any:
+  """TRL's trainer with its defaults but for sizes, on the CPU, in f32."""
+  import datasets
+  import transformers as hf
+  import trl
+
+  from llm_jax.cli import generate
+
+  model, _, words = generate.load(run)
+  told = dict(
+    output_dir=f'{folder}/{kind}',
+    max_steps=steps,
+    report_to=[],
+    use_cpu=True,
+    bf16=False,
+    save_strategy='no',
+    logging_strategy='no',
+    learning_rate=RATE,
+    lr_scheduler_type='constant',
+    disable_tqdm=True,
+    gradient_checkpointing=False,
+  )
+  load = lambda: hf.AutoModelForCausalLM.from_pretrained(folder)
+  rest = dict(processing_class=tokenizer, callbacks=[callback])
+  if kind == 'sft':
+    args = trl.SFTConfig(**told, per_device_train_batch_size=EXAMPLES, max_length=256)
+    found = datasets.Dataset.from_list(single(model, words))
+    return trl.SFTTrainer(load(), args=args, train_dataset=found, **rest)
+  if kind == 'dpo':
+    args = trl.DPOConfig(**told, per_device_train_batch_size=PAIRS, max_length=LONGEST)
+    text = datasets.Dataset.from_list([dict(prompt='a', chosen='b', rejected='c')] * 8)
+    made = trl.DPOTrainer(load(), load(), args=args, train_dataset=text, **rest)
+    made.train_dataset = datasets.Dataset.from_list(both(model, words))
+    return made
+  args = trl.GRPOConfig(
+    **told,
+    per_device_train_batch_size=PROMPTS * GROUP,
+    num_generations=GROUP,
+    max_completion_length=NEW,
+  )
+  reward = lambda completions, **_: [scored(text) for text in completions]
+  found = datasets.Dataset.from_list([dict(prompt=text) for text in prompts(words)])
+  return trl.GRPOTrainer(load(), reward_funcs=reward, args=args, train_dataset=found, **rest)
+
+
+def single(model: Any, words: Any) -> list[dict]:
+  """The same examples as ids, one by one."""
+  from llm_jax.data import batch as batch_lib
+  from llm_jax.data import examples
+
+  sets = (functools.partial(examples.instructions, template=TEMPLATE),)
+  task = functools.partial(examples.task, sets=sets, vocab=lambda text: words)
+  source = examples.make(model, task=task, rows=batch_lib.pad, batch=64, length=256, shuffle=False)
+  found = []
+  for batch in source.once():
+    for targets, weights in zip(batch['targets'], batch['weights'], strict=True):
+      size = int(np.flatnonzero(weights)[-1]) + 1 if weights.any() else 0
+      if size:
+        mask = (weights[:size] > 0).astype(int).tolist()
+        found.append(dict(input_ids=targets[:size].tolist(), completion_mask=mask))
+  return found
+
+
+def both(model: Any, words: Any) -> list[dict]:
+  """The same pairs as ids."""
+  found = []
+  for batch in _pairs(model, words).once():
+    for row in range(len(batch['chosen/inputs'])):
+      ids = {}
+      for side in ('chosen', 'rejected'):
+        said = np.flatnonzero(batch[f'{side}/weights'][row])
+        if len(said):
+          ids['prompt_ids'] = batch[f'{side}/targets'][row][: said[0]].tolist()
+          ids[f'{side}_ids'] = batch[f'{side}/targets'][row][said].tolist()
+      if len(ids) == 3:
+        found.append(ids)
+  return found
+
+
+def compare(kind: str, folder: str, tokenizer: Any, run: str, steps: int) -> None:
+  """Prints one line."""
+  import transformers as hf
+
+  ours = dict(sft=sft, dpo=dpo, grpo=grpo)[kind](run)
+  times: dict[str, list[float]] = dict(trl=[], ours=[])
+  work: dict[str, list[float]] = dict(trl=[], ours=[])
+
+  class Turns(hf.TrainerCallback):
+    """Takes one of our steps after each of theirs."""
+
+    def on_train_begin(self, *args: Any, **kwargs: Any) -> None:
+      ours(), ours()
+      ours.compiled, self.start = 0, time.perf_counter()
+
+    def on_step_end(self, *args: Any, **kwargs: Any) -> None:
+      now = time.perf_counter()
+      times['trl'].append(now - self.start)
+      work['ours'].append(ours())
+      times['ours'].append(time.perf_counter() - now)
+      self.start = time.perf_counter()
+
+  peer = trainer(kind, folder, tokenizer, run, steps, Turns())
+  collate = peer.data_collator
+
+  def counted(items: list) -> Any:
+    batch = collate(items)
+    tokens = kind == 'sft'
+    work['trl'].append(float(batch['attention_mask'].sum()) if tokens else float(len(items)))
+    return batch
+
+  peer.data_collator = counted
+  peer.train()
+  speed = {}
+  for name, taken in times.items():
+    done = statistics.median(work[name][: len(taken)])
+    speed[name] = done / statistics.median(taken[1:])
+  unit = dict(sft='tokens', dpo='pairs', grpo='answers')[kind]
+  seconds = {name: statistics.median(taken[1:]) for name, taken in times.items()}
+  ratio = speed['ours'] / speed['trl']
+  print(
+    f'{kind:5} TRL {speed["trl"]:9.1f} {unit}/s, llm_jax {speed["ours"]:9.1f}: {ratio:.2f} times as fast; '
+    f'steps {seconds["trl"]:.2f} and {seconds["ours"]:.2f} s; '
+    f'compilations {ours.compiled}; our loss {ours.losses[0]:.3f} to {ours.losses[-1]:.3f}',
+    flush=True,
+  )
+
+
+def main() -> None:
+  """Prints a line for each kind."""
+  parser = argparse.ArgumentParser(description=__doc__.partition('\n')[0])
+  parser.add_argument('--only', default='sft,dpo,grpo')
+  parser.add_argument('--steps', type=int, default=12)
+  given = parser.parse_args()
+  from llm_jax.cli import main as command
+
+  print(f'load {os.getloadavg()[0]:.1f}, {os.cpu_count()} cores')
+  with tempfile.TemporaryDirectory() as folder:
+    tokenizer, run = write(folder), f'{folder}/run'
+    if command.main(['convert', '--from=huggingface', f'--path={folder}', f'--to={run}']):
+      sys.exit('the weights could not be converted')
+    for kind in given.only.split(','):
+      compare(kind, folder, tokenizer, run, given.steps)
+
+
+if __name__ == '__main__':
+  main()
