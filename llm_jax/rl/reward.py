@@ -14,7 +14,6 @@ from collections.abc import Callable, Mapping, Sequence
 from typing import Any, NamedTuple
 
 import jax
-import jax.numpy as jnp
 import numpy as np
 
 from llm_jax.core import mesh
@@ -23,6 +22,7 @@ from llm_jax.data import batch as batch_lib
 from llm_jax.data import chat as chat_lib
 from llm_jax.decode import prompts as prompts_lib
 from llm_jax.model import scalar
+from llm_jax.objectives import reward as objective
 from llm_jax.train import checkpoint
 
 Told = Sequence[Mapping[str, Any]]
@@ -192,7 +192,7 @@ def of_model(
 
 
 class _Static(NamedTuple):
-  """What the compiled code depends on besides shapes."""
+  """What the compiled code depends on besides shapes: of a model what `score` reads."""
 
   hidden: Callable
   context: Any
@@ -212,12 +212,7 @@ def _lay(card: Any, texts: list[Text], rows: int) -> dict[str, np.ndarray]:
   return {name: prompts_lib.fill(x) for name, x in laid.items()}
 
 
-@functools.partial(jax.jit, static_argnums=0)
-def _read(static: _Static, params: Any, batch: dict) -> jax.Array:
-  """The rewards, f32 [batch], at the position of the last target that counts."""
-  x = static.hidden(params, batch).x
-  last = jnp.where(batch['weights'] > 0, jnp.arange(x.shape[1]), 0).max(1)
-  return scalar.read(params, jnp.take_along_axis(x, last[:, None, None], axis=1))[:, 0]
+_read = jax.jit(objective.score, static_argnums=0)
 
 
 def learned(
