@@ -9,6 +9,7 @@ import numpy as np
 from llm_jax.core.errors import UserError
 from llm_jax.decode import generate as generate_lib
 from llm_jax.decode import prompts as prompts_lib
+from llm_jax.rl import reward as reward_lib
 from llm_jax.rl import rollout
 from llm_jax.train.hooks import Hook, Run
 
@@ -60,7 +61,8 @@ def reward(
         pairs = zip(forms[some], np.asarray(out.tokens), np.asarray(out.lengths), strict=True)
         for f, row, n in pairs:
           texts.append(''.join(prompts_lib.pieces(vocab, f.ids, [row[:n]], f.end)))
-      scores = np.asarray(reward([r.get('prompt', '') for r in records], texts, records))
+      asked = [r.get('prompt', '') for r in records]
+      scores = reward_lib.checked(reward, asked, texts, records, name)
       run.writer.write(step, {f'{name}/reward': float(scores.mean())})
       run.writer.say(f'step {step}: {name} reward {scores.mean():.4f} of {len(texts)} answers')
 

@@ -50,8 +50,10 @@ def checked(
     )
   if not np.isfinite(found).all():
     i = int(np.flatnonzero(~np.isfinite(found))[0])
+    place = f' of {told[i]["where"]}' if 'where' in told[i] else ''
     raise UserError(
-      f'{name} gives {found[i]} for the prompt {short(prompts[i])}: {short(answers[i])}'
+      f'{name} gives {found[i]} for the prompt{place} {short(prompts[i])} and the answer {short(answers[i])}: make it '
+      'a finite number for every answer'
     )
   return found
 
@@ -237,9 +239,9 @@ def learned(
 
 @functools.lru_cache(maxsize=8)
 def _opened(model, path, vocab, policy_vocab, batch, form) -> Reward:
-  made, params, words = opened(model, path, vocab)
   if policy_vocab is not None:
-    alike(policy_vocab(), words, path)
+    alike(policy_vocab(), vocab(), path)
+  made, params, words = opened(model, path, vocab)
   return of_model(made, params, words, batch=batch, form=form)
 
 

@@ -33,6 +33,8 @@ from llm_jax.decode import steps
 from llm_jax.model import scalar
 from llm_jax.objectives import sequence
 from llm_jax.rl import advantage as advantage_lib
+from llm_jax.rl import annotate
+from llm_jax.rl import reward as reward_lib
 from llm_jax.train import checkpoint
 
 Arrays = dict[str, np.ndarray]
@@ -59,8 +61,13 @@ def chat(model: Any, vocab: Any, record: Record) -> Form:
   return Form(prompts_lib.encode(model, vocab, text), None, vocab.turn)
 
 
-def of_run(model: Any, *, path: str) -> Any:
-  """The parameters of the run in `path`, without value head and critic: the usual reference."""
+def of_run(model: Any, *, path: str, vocab: Callable | None = None) -> Any:
+  """The parameters of the run in `path`, without value head and critic: the usual reference.
+
+  vocab: the policy's vocabulary; a run with another one is refused.
+  """
+  if vocab is not None:
+    annotate.check_vocab(path, vocab())
   own = (scalar.NAME, scalar.CRITIC)
   part = lambda tree: {name: value for name, value in tree.items() if name not in own}
   with mesh.outside():
@@ -172,8 +179,8 @@ def make(
   for i, f in enumerate(forms):
     if len(f.ids) > width or not (f.ids or f.start is not None):
       raise UserError(
-        f'prompt {i} has {len(f.ids)} tokens, prompt_length is {width}: raise it or leave the prompt out '
-        f'({records[i].get("prompt", "")[:60]!r})'
+        f'{records[i].get("where", f"prompt {i}")} has {len(f.ids)} tokens, prompt_length is {width}: raise it or '
+        f'leave the prompt out ({reward_lib.short(records[i].get("prompt", ""))})'
       )
   most = prompts_lib.room(model, forms[0].start)
   if width + max_new > most:
@@ -360,16 +367,7 @@ class Rollout:
     told = [self.records[i] for i in index]
     prompts = [record.get('prompt', '') for record in told]
     texts = [self._text(i, row[:n]) for i, row, n in zip(index, tokens, ends, strict=True)]
-    scores = np.asarray(self._s.reward(prompts, texts, told), np.float32)
-    if scores.shape != (len(texts),):
-      raise UserError(
-        f'the reward must be one number for each of {len(texts)} answers, got shape {scores.shape}'
-      )
-    for i in np.flatnonzero(~np.isfinite(scores))[:1]:
-      raise UserError(
-        f'the reward of prompt {index[i]} is {scores[i]}: make the reward finite for every answer '
-        f'(prompt {prompts[i][:60]!r}, answer {texts[i][:60]!r})'
-      )
+    scores = reward_lib.checked(self._s.reward, prompts, texts, told)
     return scores if self._s.penalty is None else scores + self._s.penalty(ends)
 
   def _learners(self, params: Any, made: Arrays) -> Arrays:

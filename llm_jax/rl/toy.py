@@ -113,3 +113,9 @@ def divergence(logp: np.ndarray, ref_logp: np.ndarray) -> float:
   """KL(p || ref) in nats of two distributions over the same answers."""
   p = np.exp(logp)
   return float(np.where(p > 0, p * (np.where(p > 0, logp, 0) - ref_logp), 0).sum())
+
+
+def best_of_n_kl(n: int) -> float:
+  """log n - (n - 1) / n: the divergence of best-of-n from its policy where no two answers tie (Stiennon et al. 2020,
+  arXiv:2009.01325, appendix G.3); with ties it is an upper bound (Beirami et al. 2024, arXiv:2401.01879)."""
+  return float(np.log(n) - (n - 1) / n)

@@ -11,7 +11,7 @@ import pytest
 
 from llm_jax.core.errors import UserError
 from llm_jax.data import vocab as vocab_lib
-from llm_jax.rl import edits, feedback
+from llm_jax.rl import edits, feedback, toy
 from tests.data.test_curate import longest
 from tests.decode import kinds
 
@@ -78,10 +78,10 @@ def test_kl_of_the_best_of_n_by_enumeration(n):
     best = np.diff(total**n)
     there = best > 0
     kl = (best[there] * np.log(best[there] / p[there])).sum()
-    assert kl <= feedback.kl_of_best(n) + 1e-9
+    assert kl <= toy.best_of_n_kl(n) + 1e-9
     if alpha is None:
-      assert abs(kl - feedback.kl_of_best(n)) < 1e-3
-  assert feedback.kl_of_best(1) == 0
+      assert abs(kl - toy.best_of_n_kl(n)) < 1e-3
+  assert toy.best_of_n_kl(1) == 0
 
 
 # A policy over 8 answers to each of 3 prompts, tuned by moving its probabilities to what it is shown.

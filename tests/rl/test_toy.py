@@ -4,7 +4,7 @@ import jax
 import numpy as np
 import pytest
 
-from llm_jax.rl import feedback, toy
+from llm_jax.rl import toy
 from tests.rl import toys
 
 
@@ -54,7 +54,7 @@ def test_best_of_n_costs_what_the_formula_says(n):
   _, logp, rewards = listed()
   best = toy.best_of_n(logp, rewards, n)
   np.testing.assert_allclose(np.exp(best).sum(), 1, rtol=1e-9)
-  found, formula = toy.divergence(best, logp), feedback.kl_of_best(n)
+  found, formula = toy.divergence(best, logp), toy.best_of_n_kl(n)
   assert found <= formula + 1e-9
   np.testing.assert_allclose(found, formula, rtol=0.03, atol=1e-9)
   assert (np.exp(best) @ rewards > np.exp(logp) @ rewards + 0.02) == (n > 1)
