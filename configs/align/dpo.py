@@ -11,14 +11,12 @@ with a small rate. What is logged: heldout/accuracy, the share of held-out pairs
 impolite answers: held-out accuracy 0.86 of 97 pairs after its 60 steps.
 """
 
-import os
-
-from configs.pretrain import lm, ul2r
+from configs.pretrain import lm
+from configs.tune import sft
 from llm_jax.core import config
 from llm_jax.core.config import use, variant
 from llm_jax.core.errors import UserError, nearest
 from llm_jax.data import pairs, vocab
-from llm_jax.interop.architectures import llama
 from llm_jax.objectives import preference
 from llm_jax.optim import chain, rules, schedules
 from llm_jax.rl import annotate
@@ -46,7 +44,7 @@ def start(text):
   arg = variant(text, size='smollm2', **SIZES[size])
   c = lm.get_config(f'batch={arg.batch},length={arg.length},steps={arg.steps}')
   if arg.run:
-    c.model = trained(arg.run)
+    c.model = sft.trained(arg.run)
     c.init = config.config(init_from=arg.run, rename=(), only=None, grow=None)
   else:
     c.model = lm.model(259, arg.length)
@@ -55,13 +53,6 @@ def start(text):
   c.optimizer = use(chain.make, rule=use(rules.adamw, b2=0.99), schedule=schedule, clip=1.0)
   c.hooks.samples.prompts = (f'<|im_start|>user\n{ASKED}<|im_end|>\n<|im_start|>assistant\n',)
   return c, arg
-
-
-def trained(run):
-  """The model of a run; SmolLM2-135M where there is none yet."""
-  if os.path.isdir(run):
-    return config.read(os.path.join(run, 'config.json')).model
-  return llama.llama(ul2r.SMOLLM2)
 
 
 def words(arg):

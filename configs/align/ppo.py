@@ -20,7 +20,7 @@ def get_config(text=None):
   c.model = use(scalar.make, model=c.model)
   c.source.estimate = use(advantage.gae)
   c.source.value = use(policy.value_head)
-  c.source.reference = use(rollout.of_run, path=c.init.init_from)
+  c.source.reference = use(rollout.of_run, path=c.init.init_from, vocab=c.source.vocab)
   c.source.beta = 0.005
   c.source.batch, c.source.epochs = c.source.round // 2, 2
   c.objective = use(policy.ppo)

@@ -16,7 +16,7 @@ from llm_jax.rl import advantage, rollout
 def get_config(text=None):
   c = grpo.get_config(text)
   c.source.estimate = use(advantage.leave_one_out)
-  c.source.reference = use(rollout.of_run, path=c.init.init_from)
+  c.source.reference = use(rollout.of_run, path=c.init.init_from, vocab=c.source.vocab)
   c.source.beta = 0.005
   c.objective = use(policy.rloo)
   return c

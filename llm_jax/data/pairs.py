@@ -2,7 +2,7 @@ r"""Preference data as sources: pairs, rankings of K answers, single answers mar
 
     pairs      chosen/* rejected/*          the arrays of `batch.py`, [batch, length] each, `weights` 1 on the
                                             answer only
-               margin f32 [batch]           where the data have margins
+               margin, chance f32 [batch]   where all the data have them
     rankings   answer0/* ... answerK-1/*    the best first; ranked [batch, K] bool: which of them exist
     unpaired   inputs targets weights ...   one answer per row; desirable [batch] bool
     prompts    prompts [batch, length], lengths [batch], index [batch] int32; `source.prompts[index]` has the rest
@@ -109,16 +109,19 @@ def pairs(
   are left out and counted. The others: see `pipeline.make`."""
   made = data()
   comparisons = [p for one in examples.of_split(made.splits, split, made.name) for p in _pairs(one)]
-  margins = all(one.margin is not None for one in comparisons)
+  told = {
+    name: np.float32(0)
+    for name in ('margin', 'chance')
+    if all(getattr(one, name) is not None for one in comparisons)
+  }
 
   def row(one: Pair, layout: batch_lib.Layout) -> dict[str, Any]:
     sides = {
       side: _laid(made, one.prompt, answer, layout, one.where)
       for side, answer in zip(SIDES, (one.chosen, one.rejected), strict=True)
     }
-    return sides | (dict(margin=np.float32(one.margin)) if margins else {})
+    return sides | {name: np.float32(getattr(one, name)) for name in told}
 
-  told = dict(margin=np.float32(0)) if margins else {}
   sizes = (batch, length, encoder_length, left_out, shuffle, seed, process_index, process_count)
   return _source(model, made, comparisons, row, SIDES, told, *sizes)
 

@@ -35,7 +35,8 @@ class Ranking(NamedTuple):
 
 
 class Pair(NamedTuple):
-  """A ranking of two. margin: how much better `chosen` is, in the data's own unit, None where nobody said."""
+  """A ranking of two. margin: how much better `chosen` is, in the data's own unit; chance: that it is better at all
+  (a soft label, such as of `constitutional.label`), 0.5 to 1; both None where nobody said."""
 
   prompt: Messages
   chosen: Messages
@@ -43,6 +44,7 @@ class Pair(NamedTuple):
   margin: float | None
   id: str | None
   where: str
+  chance: float | None = None
 
 
 class Steps(NamedTuple):
@@ -71,7 +73,7 @@ def shp(record: Record) -> list[Pair]:
   prompt = _asked(records.text(record, 'history'))
   a, b = (_answer(records.text(record, key)) for key in ('human_ref_A', 'human_ref_B'))
   label = records.need(record, 'labels', int)
-  ratio = record.fields.get('score_ratio')
+  ratio = _number(record, 'score_ratio')
   names = ('post_id', 'c_root_id_A', 'c_root_id_B')
   known = [str(record.fields[name]) for name in names if record.fields.get(name) is not None]
   better, worse = (a, b) if label == 1 else (b, a)
@@ -84,7 +86,8 @@ def shp(record: Record) -> list[Pair]:
 
 def chosen_rejected(record: Record) -> list[Pair]:
   """{prompt, chosen, rejected} (UltraFeedback and what follows it): the two are texts, or lists of {role, content} with
-  or without the prompt's messages. `score_chosen` and `score_rejected` give the margin, `prompt_id` or `id` the id."""
+  or without the prompt's messages. `score_chosen` and `score_rejected` give the margin, `chance` is what it says,
+  `prompt_id` or `id` is the id."""
   asked = record.fields.get('prompt')
   prompt = _asked(asked) if isinstance(asked, str) and asked.strip() else []
   sides = []
@@ -95,9 +98,15 @@ def chosen_rejected(record: Record) -> list[Pair]:
       sides.append(formats.checked([*given, *said], record.where).messages)
     else:
       sides.append((prompt or _missing(record, 'prompt')) + _answer(records.text(record, key)))
-  scores = [record.fields.get(f'score_{key}') for key in ('chosen', 'rejected')]
+  scores = [_number(record, f'score_{key}') for key in ('chosen', 'rejected')]
   margin = None if None in scores else scores[0] - scores[1]
-  return [_pair(*sides, margin, _id(record, 'prompt_id', 'id'), record.where)]
+  chance = _number(record, 'chance')
+  if chance is not None and not 0.5 <= chance <= 1:
+    raise UserError(
+      f"{record.where}: 'chance' is {chance}: choose 0.5 to 1, or turn the pair round"
+    )
+  made = _pair(*sides, margin, _id(record, 'prompt_id', 'id'), record.where)
+  return [made._replace(chance=chance)]
 
 
 def alpaca(record: Record) -> list[Pair]:
@@ -281,6 +290,10 @@ def _answer(text: str) -> Messages:
 
 def _id(record: Record, *keys: str) -> str | None:
   return next((str(record.fields[k]) for k in keys if record.fields.get(k) is not None), None)
+
+
+def _number(record: Record, key: str) -> float | None:
+  return None if record.fields.get(key) is None else float(records.need(record, key, float))
 
 
 def _missing(record: Record, key: str) -> Any:

@@ -12,6 +12,7 @@ import glob
 import gzip
 import io
 import json
+import math
 import os
 from collections.abc import Iterator, Sequence
 from typing import Any, NamedTuple
@@ -56,7 +57,7 @@ def bundled(name: str) -> str:
 
 
 def need(record: Record, key: str, kind: type = str) -> Any:
-  """The value under `key`. Raises `UserError` when it is missing or of another type than `kind`."""
+  """The value under `key`. Raises `UserError` when it is missing, of another type than `kind`, or no finite number."""
   if key not in record.fields:
     have = ', '.join(map(str, record.fields)) or 'nothing'
     raise UserError(f'{record.where}: no key {key!r} (it has: {have})')
@@ -66,6 +67,8 @@ def need(record: Record, key: str, kind: type = str) -> Any:
     raise UserError(
       f'{record.where}: {key!r} holds {type(value).__name__}, not {_KINDS.get(kind, kind.__name__)}'
     )
+  if isinstance(value, float) and not math.isfinite(value):
+    raise UserError(f'{record.where}: {key!r} is {value}: numbers must be finite')
   return value
 
 

@@ -100,14 +100,15 @@ def _ratios(model, params, batch, rng, chunk) -> tuple[Texts, jax.Array, jax.Arr
   return texts, w, l
 
 
-def _smoothed(margin: jax.Array, label_smoothing: float) -> jax.Array:
-  """-log sigmoid(margin), where a label is wrong with probability `label_smoothing`."""
+def _smoothed(margin: jax.Array, label_smoothing: float, batch: Batch | None = None) -> jax.Array:
+  """-log sigmoid(margin), where a label is wrong with probability `label_smoothing`, or 1 - batch['chance']."""
   if not 0 <= label_smoothing < 0.5:
     raise UserError(
       f'label_smoothing={label_smoothing}: choose a probability below 1/2 that a label is wrong'
     )
   right, wrong = jax.nn.log_sigmoid(margin), jax.nn.log_sigmoid(-margin)
-  return -(1 - label_smoothing) * right - label_smoothing * wrong
+  odds = 1 - batch['chance'] if batch and 'chance' in batch else label_smoothing
+  return -(1 - odds) * right - odds * wrong
 
 
 def dpo(
@@ -122,10 +123,12 @@ def dpo(
 ) -> Loss:
   """-log sigmoid(beta (r_w - r_l)), direct preference optimisation (arXiv:2305.18290, equation 7).
 
-  label_smoothing: cDPO, the probability that a label is wrong. Without a reference it is `cpo(nll=0)`.
+  label_smoothing: cDPO, the probability that a label is wrong; a batch with `chance` f32 [batch], the probability that
+  each is right (RLAIF's soft labels, arXiv:2309.00267, section 2.2), says it per pair. Without a reference it is
+  `cpo(nll=0)`.
   """
   texts, w, l = _ratios(model, params, batch, rng, chunk)
-  return compared(_smoothed(beta * (w - l), label_smoothing), texts, beta * w, beta * l)
+  return compared(_smoothed(beta * (w - l), label_smoothing, batch), texts, beta * w, beta * l)
 
 
 def robust_dpo(
@@ -217,7 +220,7 @@ def cpo(
   texts = read(model, params, batch, rng, ('chosen', 'rejected'), chunk)
   w, l = beta * texts.logp[0], beta * texts.logp[1]
   imitation = -texts.mean(0)
-  each = _smoothed(w - l, label_smoothing) + nll * imitation
+  each = _smoothed(w - l, label_smoothing, batch) + nll * imitation
   return compared(each, texts, w, l, nll=imitation)
 
 

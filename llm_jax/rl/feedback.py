@@ -9,7 +9,6 @@ What comes out are records for the readers of data: {'instruction', 'output', ..
 """
 
 import json
-import math
 import os
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any, NamedTuple
@@ -70,12 +69,6 @@ def save(records: Records, path: str) -> None:
 
 
 # --- which answers are kept ---------------------------------------------------------------------------
-
-
-def kl_of_best(n: int) -> float:
-  """log n - (n - 1) / n nats: how far the best of n samples is from one sample, at most (Stiennon et al. 2020,
-  arXiv:2009.01325, appendix G.3); exact where no two samples are alike (Beirami et al. 2024, arXiv:2401.01879)."""
-  return math.log(n) - (n - 1) / n
 
 
 def best_of_each(found: Sequence[Sampled]) -> Records:

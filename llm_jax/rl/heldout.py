@@ -11,9 +11,10 @@ from llm_jax.core import mesh
 from llm_jax.core.errors import UserError
 from llm_jax.decode import generate as generate_lib
 from llm_jax.decode import prompts as prompts_lib
-from llm_jax.objectives import reward as reward_lib
+from llm_jax.objectives import reward as model_lib
 from llm_jax.objectives import sequence
 from llm_jax.rl import preferences, rollout
+from llm_jax.rl import reward as reward_lib
 from llm_jax.train.hooks import Hook, Run
 
 
@@ -64,7 +65,8 @@ def reward(
         pairs = zip(forms[some], np.asarray(out.tokens), np.asarray(out.lengths), strict=True)
         for f, row, n in pairs:
           texts.append(''.join(prompts_lib.pieces(vocab, f.ids, [row[:n]], f.end)))
-      scores = np.asarray(reward([r.get('prompt', '') for r in records], texts, records))
+      asked = [r.get('prompt', '') for r in records]
+      scores = reward_lib.checked(reward, asked, texts, records, name)
       run.writer.write(step, {f'{name}/reward': float(scores.mean())})
       run.writer.say(f'step {step}: {name} reward {scores.mean():.4f} of {len(texts)} answers')
 
@@ -86,7 +88,7 @@ def calibration(
   @jax.jit
   def read(params: Any, batch: Mapping[str, jax.Array]) -> tuple[jax.Array, jax.Array]:
     told = sequence.join(batch, sides)
-    chosen, rejected = sequence.parts(reward_lib.score(run.model, params, told), 2)
+    chosen, rejected = sequence.parts(model_lib.score(run.model, params, told), 2)
     return chosen - rejected, sequence.parts(told['weights'].sum(-1) > 0, 2)[0]
 
   def hook(step: int, state: Any, metrics: Mapping[str, Any]) -> None:

@@ -35,7 +35,6 @@ def record(
   run: Run,
   *,
   gold: Callable | None = None,
-  parts: Callable | None = None,
   every: int = 1,
   window: int = 5,
   temperature: float = 1.0,
@@ -43,9 +42,9 @@ def record(
 ) -> Hook:
   """Writes the panel of every `every`th round as `rl/...` and says when something has a name, once per failure.
 
-  gold: a reward that the policy does not see. parts: (prompts, answers, told) -> name -> f32 [n], the components of the
-  reward. window: rounds that trends are read from. temperature: that of the rollout. judge: `diagnose`, or that with
-  other thresholds. The panel is of the round's answers under the policy after the round's first update.
+  gold: a reward that the policy does not see. window: rounds that trends are read from. temperature: that of the
+  rollout. judge: `diagnose`, or that with other thresholds. The panel is of the round's answers under the policy after
+  the round's first update.
   """
   if every < 1 or window < 2:
     raise UserError(f'recorder: every={every} must be at least 1 and window={window} 2')
@@ -65,9 +64,8 @@ def record(
       logp, entropy = (np.asarray(x) for x in read(state.params, batch))
       found = panel(batch, logp, entropy)
       found['mask'] = float((batch['weights'] != shape(source.expected_weights())).any(1).mean())
-      found |= {
-        f'reward/{name}': float(x.mean()) for name, x in _judge(source, gold, parts).items()
-      }
+      if gold is not None:
+        found['reward/gold'] = float(np.mean(gold(*source.answers())))
       history.add(source.round, found)
       run.writer.write(step, {f'rl/{name}': value for name, value in found.items()})
       for name, why in (judge or diagnose)(history.panels).items():
@@ -84,7 +82,8 @@ def panel(batch: Mapping[str, np.ndarray], logp: np.ndarray, entropy: np.ndarray
 
   kl, k3: nats per answer, of the policy that wrote from its reference. ratio/: quantiles over tokens of the policy now
   to the one that wrote. old_kl: k3 between the two, per token. clipped: tokens whose ratio is off by more than 0.2.
-  explained_variance: of the returns by the critic, NaN without. sign: correlation of advantage and reward over answers.
+  explained_variance: of the returns by the critic, absent without. sign: correlation of
+  advantage and reward over answers. reward/NAME: means of what the reward is made of.
   """
   w, n = batch['weights'], batch['weights'].sum(1)
   own, total = w > 0, max(w.sum(), 1)
@@ -102,6 +101,7 @@ def panel(batch: Mapping[str, np.ndarray], logp: np.ndarray, entropy: np.ndarray
     sign=_correlation((batch['advantages'] * w).sum(1) / np.maximum(n, 1), batch['reward']),
     by_length=_correlation(n, batch['reward']),
   )
+  found |= {name: float(x.mean()) for name, x in batch.items() if name.startswith('reward/')}
   if 'ref_logp' in batch:
     pair = batch['old_logp'], batch['ref_logp']
     for name, k in (('kl', policy.k1), ('k3', policy.k3)):
@@ -186,14 +186,6 @@ class _History:
   def restore(self, saved: Mapping[str, Any]) -> None:
     self.panels = [dict(p) for p in saved['panels']]
     self.seen, self.named = set(saved['seen']), dict(saved['named'])
-
-
-def _judge(source: Any, gold: Callable | None, parts: Callable | None) -> dict[str, np.ndarray]:
-  if gold is None and parts is None:
-    return {}
-  told = source.answers()
-  found = {} if parts is None else dict(parts(*told))
-  return found if gold is None else found | dict(gold=np.asarray(gold(*told)))
 
 
 def _correlation(x: np.ndarray, y: np.ndarray) -> float:

@@ -10,11 +10,11 @@ these have this signature; settings are keyword arguments, so that a config can 
 """
 
 import functools
+import types
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any, NamedTuple
 
 import jax
-import jax.numpy as jnp
 import numpy as np
 
 from llm_jax.core import mesh
@@ -23,6 +23,7 @@ from llm_jax.data import batch as batch_lib
 from llm_jax.data import chat as chat_lib
 from llm_jax.decode import prompts as prompts_lib
 from llm_jax.model import scalar
+from llm_jax.objectives import reward as objective
 from llm_jax.train import checkpoint
 
 Told = Sequence[Mapping[str, Any]]
@@ -30,6 +31,19 @@ Reward = Callable[[Sequence[str], Sequence[str], Told], np.ndarray]
 
 
 # --- combinations -------------------------------------------------------------------------------------
+
+
+class Combined(np.ndarray):
+  """Rewards f32 [n] that know what they are made of. parts: name -> f32 [n]; empty for what is computed from them."""
+
+  parts: Mapping[str, np.ndarray] = types.MappingProxyType({})
+
+
+def combined(total: np.ndarray, parts: Mapping[str, np.ndarray]) -> Combined:
+  """`total` with its `parts`, which `rollout.make` puts into the batch as `reward/NAME`."""
+  made = np.asarray(total, np.float32).view(Combined)
+  made.parts = dict(parts)
+  return made
 
 
 def scores(
@@ -42,16 +56,18 @@ def scores(
 def checked(
   reward: Reward, prompts: Sequence[str], answers: Sequence[str], told: Told, name: str = 'reward'
 ) -> np.ndarray:
-  """The rewards, f32 [n], all of them finite."""
-  found = np.asarray(reward(prompts, answers, told), np.float32)
+  """The rewards, f32 [n], all of them finite; still `combined` where they are."""
+  found = np.asanyarray(reward(prompts, answers, told), np.float32)
   if found.shape != (len(answers),):
     raise UserError(
       f'{name} must give a number for each of {len(answers)} answers, got {found.shape}'
     )
   if not np.isfinite(found).all():
     i = int(np.flatnonzero(~np.isfinite(found))[0])
+    place = f' of {told[i]["where"]}' if 'where' in told[i] else ''
     raise UserError(
-      f'{name} gives {found[i]} for the prompt {short(prompts[i])}: {short(answers[i])}'
+      f'{name} gives {found[i]} for the prompt{place} {short(prompts[i])} and the answer {short(answers[i])}: make it '
+      'a finite number for every answer'
     )
   return found
 
@@ -65,7 +81,8 @@ def mean(
   prompts: Sequence[str], answers: Sequence[str], told: Told, *, parts: Mapping
 ) -> np.ndarray:
   """The mean of several rewards."""
-  return np.mean(list(scores(parts, prompts, answers, told).values()), axis=0).astype(np.float32)
+  found = scores(parts, prompts, answers, told)
+  return combined(np.mean(list(found.values()), axis=0), found)
 
 
 def weighted(
@@ -76,16 +93,15 @@ def weighted(
     if name not in parts:
       raise UserError(f'weights names no part {name!r}; {nearest(name, parts)}')
   found = scores(parts, prompts, answers, told)
-  return np.sum([weights.get(name, 1.0) * x for name, x in found.items()], axis=0).astype(
-    np.float32
-  )
+  return combined(np.sum([weights.get(name, 1.0) * x for name, x in found.items()], axis=0), found)
 
 
 def minimum(
   prompts: Sequence[str], answers: Sequence[str], told: Told, *, parts: Mapping
 ) -> np.ndarray:
   """The least of several rewards: an answer is as good as its worst side (Coste et al. 2023, arXiv:2310.02743)."""
-  return np.min(list(scores(parts, prompts, answers, told).values()), axis=0)
+  found = scores(parts, prompts, answers, told)
+  return combined(np.min(list(found.values()), axis=0), found)
 
 
 def safety_first(
@@ -105,7 +121,7 @@ def safety_first(
   used = np.where(tagged | (found['safety'] < threshold), found['safety'], found['helpfulness'])
   if used.min(initial=0) < 0 or used.max(initial=1) > 1:
     raise UserError('safety and helpfulness must be probabilities: wrap them in reward.probability')
-  return whiten(np.log(used.clip(1e-6)) - np.log1p(-used.clip(max=1 - 1e-6)))
+  return combined(whiten(np.log(used.clip(1e-6)) - np.log1p(-used.clip(max=1 - 1e-6))), found)
 
 
 def whiten(x: np.ndarray) -> np.ndarray:
@@ -134,7 +150,8 @@ def ruled(
   al. 2022, arXiv:2209.14375). rules: reward functions that give these probabilities, such as `judge.judged`."""
   broken = scores(rules, prompts, answers, told)
   liked = checked(preference, prompts, answers, told, 'preference')
-  return (liked - cost * np.sum(list(broken.values()), axis=0)).astype(np.float32)
+  total = liked - cost * np.sum(list(broken.values()), axis=0)
+  return combined(total, broken | dict(preference=liked))
 
 
 # --- a learned reward ---------------------------------------------------------------------------------
@@ -192,7 +209,7 @@ def of_model(
 
 
 class _Static(NamedTuple):
-  """What the compiled code depends on besides shapes."""
+  """What the compiled code depends on besides shapes: of a model what `score` reads."""
 
   hidden: Callable
   context: Any
@@ -212,12 +229,7 @@ def _lay(card: Any, texts: list[Text], rows: int) -> dict[str, np.ndarray]:
   return {name: prompts_lib.fill(x) for name, x in laid.items()}
 
 
-@functools.partial(jax.jit, static_argnums=0)
-def _read(static: _Static, params: Any, batch: dict) -> jax.Array:
-  """The rewards, f32 [batch], at the position of the last target that counts."""
-  x = static.hidden(params, batch).x
-  last = jnp.where(batch['weights'] > 0, jnp.arange(x.shape[1]), 0).max(1)
-  return scalar.read(params, jnp.take_along_axis(x, last[:, None, None], axis=1))[:, 0]
+_read = jax.jit(objective.score, static_argnums=0)
 
 
 def learned(
@@ -242,9 +254,9 @@ def learned(
 
 @functools.lru_cache(maxsize=8)
 def _opened(model, path, vocab, policy_vocab, batch, form) -> Reward:
-  made, params, words = opened(model, path, vocab)
   if policy_vocab is not None:
-    alike(policy_vocab(), words, path)
+    alike(policy_vocab(), vocab(), path)
+  made, params, words = opened(model, path, vocab)
   return of_model(made, params, words, batch=batch, form=form)
 
 

@@ -2,13 +2,13 @@ r"""The source of reinforcement learning: answers to prompts, written by the pol
 
 A round reads `state.params`, writes `group` answers to each of `round / group` prompts, scores them, takes the
 learner's own log-probabilities of their tokens, the reference's and the critic's values, and credits every token
-(rl/advantage.py). Then it gives `epochs` passes of minibatches over them before it writes again. The loop and the step
-are those of all training.
+(rl/advantage.py). Then it gives `epochs` passes of minibatches over them before it writes again.
 
     inputs targets weights positions segments [prefix]    prompt and answer (data/batch.py); weights 1 on the answer
     old_logp [ref_logp] [values]   [batch, length] f32    of the targets, nats, as of the round's start
     advantages returns             [batch, length] f32    see rl/advantage.py
     reward gap                     [batch] f32            the score; max |sampler's - learner's logp| of a token, nats
+    [reward/NAME]                  [batch] f32            what the score is made of, see `reward.combined`
     index fresh                    [batch]                the prompt's number; 1 in the first minibatch of a round
 
 Prompts, draws and the order of minibatches are fixed by the seed and the number of the round. What the policy of the
@@ -27,12 +27,15 @@ import numpy as np
 from llm_jax.core import mesh
 from llm_jax.core.errors import UserError
 from llm_jax.data import chat as chat_lib
+from llm_jax.data import pipeline
 from llm_jax.decode import generate as generate_lib
 from llm_jax.decode import prompts as prompts_lib
 from llm_jax.decode import steps
 from llm_jax.model import scalar
 from llm_jax.objectives import sequence
 from llm_jax.rl import advantage as advantage_lib
+from llm_jax.rl import annotate
+from llm_jax.rl import reward as reward_lib
 from llm_jax.train import checkpoint
 
 Arrays = dict[str, np.ndarray]
@@ -59,8 +62,13 @@ def chat(model: Any, vocab: Any, record: Record) -> Form:
   return Form(prompts_lib.encode(model, vocab, text), None, vocab.turn)
 
 
-def of_run(model: Any, *, path: str) -> Any:
-  """The parameters of the run in `path`, without value head and critic: the usual reference."""
+def of_run(model: Any, *, path: str, vocab: Callable | None = None) -> Any:
+  """The parameters of the run in `path`, without value head and critic: the usual reference.
+
+  vocab: the policy's vocabulary; a run with another one is refused.
+  """
+  if vocab is not None:
+    annotate.check_vocab(path, vocab())
   own = (scalar.NAME, scalar.CRITIC)
   part = lambda tree: {name: value for name, value in tree.items() if name not in own}
   with mesh.outside():
@@ -172,8 +180,8 @@ def make(
   for i, f in enumerate(forms):
     if len(f.ids) > width or not (f.ids or f.start is not None):
       raise UserError(
-        f'prompt {i} has {len(f.ids)} tokens, prompt_length is {width}: raise it or leave the prompt out '
-        f'({records[i].get("prompt", "")[:60]!r})'
+        f'{records[i].get("where", f"prompt {i}")} has {len(f.ids)} tokens, prompt_length is {width}: raise it or '
+        f'leave the prompt out ({reward_lib.short(records[i].get("prompt", ""))})'
       )
   most = prompts_lib.room(model, forms[0].start)
   if width + max_new > most:
@@ -181,9 +189,7 @@ def make(
       f'prompts of {width} tokens and answers of max_new={max_new} do not fit into the {most} positions of the model: '
       'lower max_new or prompt_length'
     )
-  process = (process_index, process_count)
-  if process_index is None:
-    process = jax.process_index(), jax.process_count()
+  process = pipeline.processes(process_index, process_count)
   if batch % process[1]:
     raise UserError(f'a batch of {batch} rows does not divide over {process[1]} processes')
   settings = _Settings(
@@ -329,7 +335,7 @@ class Rollout:
     )
     tokens, ends, said = (np.asarray(x) for x in out)
     index = np.repeat(index, s.group)
-    scores = self._score(index, tokens, ends)
+    earned = self._score(index, tokens, ends)
     made = lay(
       self._model, np.repeat(ids, s.group, 0), np.repeat(lengths, s.group), tokens, ends, form.start
     )
@@ -340,11 +346,11 @@ class Rollout:
     gap = np.where(real, np.abs(own - said), 0).max(1).astype(np.float32)
     weights, logp = made['weights'], found['old_logp']
     against = found.get('ref_logp', logp)
-    rewards = advantage_lib.penalised(scores, logp, against, weights, self.beta)
-    told = advantage_lib.Told(scores, rewards, found.get('values'), weights, s.group)
+    rewards = advantage_lib.penalised(earned['reward'], logp, against, weights, self.beta)
+    told = advantage_lib.Told(earned['reward'], rewards, found.get('values'), weights, s.group)
     credit, self._memory = s.estimate(told, self._memory)
-    made |= found | credit._asdict() | dict(reward=scores, gap=gap, index=index.astype(np.int32))
-    keep = s.keep(scores.reshape(-1, s.group)).reshape(-1)
+    made |= found | credit._asdict() | earned | dict(gap=gap, index=index.astype(np.int32))
+    keep = s.keep(earned['reward'].reshape(-1, s.group)).reshape(-1)
     return made, float(((logp - against) * weights).sum(1).mean()), keep
 
   def _prompt(self, position: int) -> int:
@@ -356,21 +362,15 @@ class Rollout:
     form = self._forms[index]
     return ''.join(prompts_lib.pieces(self.vocab, form.ids, [tokens], form.end))
 
-  def _score(self, index: np.ndarray, tokens: np.ndarray, ends: np.ndarray) -> np.ndarray:
+  def _score(self, index: np.ndarray, tokens: np.ndarray, ends: np.ndarray) -> Arrays:
+    """The reward of each answer, and what it is made of."""
     told = [self.records[i] for i in index]
     prompts = [record.get('prompt', '') for record in told]
     texts = [self._text(i, row[:n]) for i, row, n in zip(index, tokens, ends, strict=True)]
-    scores = np.asarray(self._s.reward(prompts, texts, told), np.float32)
-    if scores.shape != (len(texts),):
-      raise UserError(
-        f'the reward must be one number for each of {len(texts)} answers, got shape {scores.shape}'
-      )
-    for i in np.flatnonzero(~np.isfinite(scores))[:1]:
-      raise UserError(
-        f'the reward of prompt {index[i]} is {scores[i]}: make the reward finite for every answer '
-        f'(prompt {prompts[i][:60]!r}, answer {texts[i][:60]!r})'
-      )
-    return scores if self._s.penalty is None else scores + self._s.penalty(ends)
+    scores = reward_lib.checked(self._s.reward, prompts, texts, told)
+    parts = {f'reward/{name}': np.asarray(x) for name, x in getattr(scores, 'parts', {}).items()}
+    penalty = 0 if self._s.penalty is None else self._s.penalty(ends)
+    return parts | dict(reward=np.asarray(scores + penalty, np.float32))
 
   def _learners(self, params: Any, made: Arrays) -> Arrays:
     """What the learner's own forward says of the round's tokens, in parts of the shape that it learns from."""

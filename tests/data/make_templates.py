@@ -1,7 +1,7 @@
-r"""Writes `templates.json.gz`: conversations as ids and masks, by transformers' `apply_chat_template`.
+r"""Writes a `templates.json.gz`: conversations as ids and masks, by transformers' `apply_chat_template`.
 
-  python -m tests.data.make_templates                        # needs the extra `parity`
-  python -m tests.data.make_templates runs/smollm2/vocab     # compares ours with it on that tokenizer instead
+  python -m tests.data.make_templates tests/data/templates.json.gz     # needs the extra `parity`
+  python -m tests.data.make_templates runs/smollm2/vocab               # compares ours on that tokenizer instead
 
 The tokenizer is a small byte-level BPE, trained here on the conversations. `{% generation %}` tells transformers what
 the assistant says (`return_assistant_tokens_mask`); ours ignores it and finds out by rendering prefixes.
@@ -9,6 +9,7 @@ the assistant says (`return_assistant_tokens_mask`); ours ignores it and finds o
 
 import gzip
 import json
+import os
 import pathlib
 import random
 import sys
@@ -19,7 +20,6 @@ import transformers
 from llm_jax.data import formats, records, vocab
 from llm_jax.data import templates as ours
 
-HERE = pathlib.Path(__file__).parent
 SAID = '{% generation %}{{ message["content"] + eos_token }}{% endgeneration %}'
 TEMPLATES = dict(
   smollm2=(
@@ -114,7 +114,7 @@ def asked(tokenizer, messages: list[dict], template: str) -> dict:
 def main() -> None:
   """Stores the reference, or compares on a tokenizer of a run."""
   talks = conversations()
-  if len(sys.argv) > 1:
+  if os.path.isdir(sys.argv[1]):
     words = vocab.load(sys.argv[1])
     tokenizer = transformers.PreTrainedTokenizerFast(
       tokenizer_object=tokenizers.Tokenizer.from_str(words.description), **words.spelling
@@ -143,7 +143,7 @@ def main() -> None:
     transformers=transformers.__version__, tokenizer=description, templates=TEMPLATES, cases=cases
   )
   text = json.dumps(stored, ensure_ascii=False, separators=(',', ':'))
-  (HERE / 'templates.json.gz').write_bytes(gzip.compress(text.encode(), 9, mtime=0))
+  pathlib.Path(sys.argv[1]).write_bytes(gzip.compress(text.encode(), 9, mtime=0))
 
 
 if __name__ == '__main__':

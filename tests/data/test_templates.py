@@ -1,7 +1,12 @@
-"""Conversations as ids and masks, against transformers (`templates.json.gz`) and the published templates."""
+"""Conversations as ids and masks, against transformers and the published templates.
+
+The oracle lies in `templates.json.gz` and was written by `make_templates.py`; LLM_JAX_REFERENCE names a folder with a
+fresh one (`make parity`).
+"""
 
 import gzip
 import json
+import os
 import pathlib
 
 import pytest
@@ -9,9 +14,8 @@ import pytest
 from llm_jax.core.errors import UserError
 from llm_jax.data import chat, formats, records, templates, tokenizer, vocab
 
-STORED = json.loads(
-  gzip.decompress(pathlib.Path(__file__).with_name('templates.json.gz').read_bytes())
-)
+FOLDER = os.environ.get('LLM_JAX_REFERENCE') or os.path.dirname(__file__)
+STORED = json.loads(gzip.decompress((pathlib.Path(FOLDER) / 'templates.json.gz').read_bytes()))
 ROLES = dict(bos=3, eos=2)
 QUESTION, ANSWER = dict(role='user', content='Hi'), dict(role='assistant', content='Hello.')
 SYSTEM = dict(role='system', content='S.')

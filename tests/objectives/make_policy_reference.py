@@ -13,7 +13,9 @@ import tempfile
 
 import numpy as np
 
-VOCAB, LONGEST = 24, 7
+from tests.objectives.make_reference import VOCAB, tokenizer
+
+LONGEST = 7
 TENSORS = (
   'model.embed_tokens.weight',
   'model.layers.0.self_attn.q_proj.weight',
@@ -69,20 +71,6 @@ def inputs() -> dict:
     completion_ids=torch.tensor([right(a) for _, a in rows]),
     completion_mask=torch.tensor([right([1] * len(a)) for _, a in rows]),
     num_items_in_batch=torch.tensor(float(sum(len(a) for _, a in rows))),
-  )
-
-
-def tokenizer():
-  """TRL wants one, though every text here is ids already."""
-  import tokenizers
-  import transformers
-
-  words = tokenizers.Tokenizer(
-    tokenizers.models.WordLevel({str(i): i for i in range(VOCAB)}, unk_token='0')
-  )
-  words.pre_tokenizer = tokenizers.pre_tokenizers.Whitespace()
-  return transformers.PreTrainedTokenizerFast(
-    tokenizer_object=words, pad_token='0', eos_token='1', bos_token='1', unk_token='0'
   )
 
 

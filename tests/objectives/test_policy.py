@@ -5,7 +5,6 @@ with a fresh one (`make parity`).
 """
 
 import functools
-import os
 import pathlib
 from functools import partial
 
@@ -22,22 +21,16 @@ from llm_jax.model import scalar
 from llm_jax.objectives import language, loss, policy, sequence
 from tests.model.test_scalar import make as plain
 from tests.objectives import make_policy_reference as oracle
+from tests.objectives.test_trl import FRESH, MODELS, loaded
 
 HERE = pathlib.Path(__file__).parent
-FRESH = os.environ.get('LLM_JAX_REFERENCE')
 STORED = pathlib.Path(FRESH) / 'policy.safetensors' if FRESH else HERE / 'policy.safetensors'
-MODELS = pathlib.Path(FRESH) if FRESH else HERE.parent / 'interop/reference'
 LENGTH = 11
 
 
 @functools.cache
 def expected():
   return load_file(STORED)
-
-
-@functools.cache
-def loaded():
-  return huggingface.load(str(MODELS / 'llama'))
 
 
 def told(advantages):

@@ -63,6 +63,19 @@ def test_metrics_are_those_of_the_pairs_that_are_there():
     np.testing.assert_allclose(found[name], value, **CLOSE)
 
 
+def test_soft_labels_are_cross_entropy_with_the_chance():
+  """RLAIF (arXiv:2309.00267, section 2.2): -p log P(chosen) - (1 - p) log P(rejected), each pair with its own p."""
+  batch = pair()
+  chance = np.array([1.0, 0.5, 0.75, 0.9], np.float32)[: len(batch['chosen/ref_logp'])]
+  out = pairs.run(preference.dpo, batch | dict(chance=chance), beta=0.2)
+  (w, _), (l, _) = pairs.totals(batch, 'chosen', 'rejected')
+  m = 0.2 * (w - batch['chosen/ref_logp'][:3] - l + batch['rejected/ref_logp'][:3])
+  p = chance[:3]
+  np.testing.assert_allclose(
+    out.sum, -(p * log_sigmoid(m) + (1 - p) * log_sigmoid(-m)).sum(), **CLOSE
+  )
+
+
 def test_flipped_labels_leave_robust_dpo_unbiased():
   """The mean over labels flipped with probability e is DPO under the right ones (arXiv:2403.00409, lemma 3.1)."""
   batch, e = pair(), 0.2

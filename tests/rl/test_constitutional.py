@@ -7,8 +7,9 @@ import numpy as np
 import pytest
 
 from llm_jax.core.errors import UserError
+from llm_jax.data import pairs, preferences
 from llm_jax.data import vocab as vocab_lib
-from llm_jax.rl import constitutional, judge
+from llm_jax.rl import constitutional, feedback, judge
 from llm_jax.rl.constitutional import Principle
 from tests.decode import kinds
 
@@ -88,6 +89,24 @@ def test_labels_are_soft_and_clamped():
   assert made[0] == dict(prompt='p', chosen='b', rejected='a', chance=1 - 1.5 / 4)
   with pytest.raises(UserError, match='must enclose 0.5'):
     constitutional.label(compare, ['p'], ['a'], ['b'], KEY, low=0.6)
+
+
+def test_soft_labels_reach_the_batch(tmp_path):
+  made = constitutional.label(
+    constitutional.fair(biased), ['p', 'q'], ['xxx', 'x'], ['x', 'xxxx'], KEY
+  )
+  feedback.save(made, str(tmp_path / 'labels.jsonl'))
+  words = lambda text: vocab_lib.Bytes(extra_ids=0, modes=())
+  data = functools.partial(
+    pairs.files, path=str(tmp_path / 'labels.jsonl'), format=preferences.chosen_rejected,
+    template='vicuna', heldout=0.0, vocab=words,
+  )  # fmt: skip
+  model = kinds.make('causal', vocab=259)[0]
+  source = pairs.pairs(model, data=data, batch=2, length=240, shuffle=False)
+  batch = source()
+  source.close()
+  np.testing.assert_allclose(batch['chance'], [0.75, 0.8], rtol=1e-6)
+  assert 'margin' not in batch
 
 
 def test_a_real_model_compares_by_the_letters():

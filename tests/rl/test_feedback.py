@@ -11,7 +11,8 @@ import pytest
 
 from llm_jax.core.errors import UserError
 from llm_jax.data import vocab as vocab_lib
-from llm_jax.rl import edits, feedback
+from llm_jax.rl import edits, feedback, toy
+from tests.data.test_curate import longest
 from tests.decode import kinds
 
 KEY = jax.random.key(0)
@@ -77,10 +78,10 @@ def test_kl_of_the_best_of_n_by_enumeration(n):
     best = np.diff(total**n)
     there = best > 0
     kl = (best[there] * np.log(best[there] / p[there])).sum()
-    assert kl <= feedback.kl_of_best(n) + 1e-9
+    assert kl <= toy.best_of_n_kl(n) + 1e-9
     if alpha is None:
-      assert abs(kl - feedback.kl_of_best(n)) < 1e-3
-  assert feedback.kl_of_best(1) == 0
+      assert abs(kl - toy.best_of_n_kl(n)) < 1e-3
+  assert toy.best_of_n_kl(1) == 0
 
 
 # A policy over 8 answers to each of 3 prompts, tuned by moving its probabilities to what it is shown.
@@ -225,18 +226,6 @@ def test_best_of_n_of_a_real_model():
     assert kept['reward'] == max(len(set(a)) for a in one.answers) == len(set(kept['output']))
 
 
-def lcs(a, b):
-  """The length of the longest common subsequence, by recursion."""
-
-  @functools.cache
-  def at(i, j):
-    if i == len(a) or j == len(b):
-      return 0
-    return 1 + at(i + 1, j + 1) if a[i] == b[j] else max(at(i + 1, j), at(i, j + 1))
-
-  return at(0, 0)
-
-
 def test_credit_is_given_to_what_was_edited():
   new, old = edits.credit([1, 2, 3, 4, 9], [1, 5, 3, 4, 6, 9])  # 2 -> 5, 6 put in
   assert new.tolist() == [0, 1, 0, 0, 1, 0] and old.tolist() == [0, 0.5, 0, 0, 0]
@@ -249,7 +238,7 @@ def test_credit_is_given_to_what_was_edited():
     before, after = (rng.integers(0, 4, rng.integers(0, 9)).tolist() for _ in range(2))
     new, old = edits.credit(before, after)
     same = [t for t, c in zip(after, new) if c == 0], [t for t, c in zip(before, old) if c == 0]
-    assert same[0] == same[1] and len(same[0]) <= lcs(tuple(before), tuple(after))
+    assert same[0] == same[1] and len(same[0]) <= longest(tuple(before), tuple(after))
     matches = difflib.SequenceMatcher(None, before, after, autojunk=False).get_matching_blocks()
     assert len(same[0]) == sum(m.size for m in matches)
 

@@ -6,7 +6,7 @@ import jax
 import numpy as np
 import pytest
 
-from llm_jax.rl import advantage, recorder, rollout, toy
+from llm_jax.rl import advantage, recorder, reward, rollout, toy
 from llm_jax.train import hooks
 from tests.rl import toys
 
@@ -163,11 +163,19 @@ def test_the_panel_by_hand():
 
 
 def test_components_and_the_memory_are_written_and_come_back():
-  source = toys.make_source()
-  parts = lambda prompts, answers, told: dict(length=np.array([len(a) for a in answers]))
-  _, writer = fly(source, steps=4, parts=parts)
+  length = lambda prompts, answers, told: np.array([len(a) for a in answers])
+  mixed = partial(
+    reward.weighted, parts=dict(gold_too=toy.gold, length=length), weights=dict(length=0.01)
+  )
+  source = toys.make_source(reward=mixed)
+  _, writer = fly(source, steps=4)
   row = writer.rows[0]
   assert row['rl/reward/length'] > 0 and -1 < row['rl/reward/gold'] < 1 and row['rl/mask'] == 0
+  want = row['rl/reward/gold_too'] + 0.01 * row['rl/reward/length']
+  assert row['rl/reward'] == pytest.approx(want, rel=1e-5)
+  assert row['rl/reward/gold_too'] == pytest.approx(row['rl/reward/gold'], rel=1e-5)
+  texts = source.answers()[1]
+  assert source.rows['reward/length'].tolist() == [len(text) for text in texts]
   history = recorder._History(3)
   for i in range(6):
     history.add(i, dict(x=float(i)))

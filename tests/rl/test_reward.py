@@ -65,7 +65,7 @@ def test_safety_comes_first():
 
 def test_what_is_no_number_is_named():
   parts = dict(good=constant([0, 0, 0]), bad=constant([0, float('nan'), 0]))
-  with pytest.raises(UserError, match="bad gives nan for the prompt 'q': 'bb'"):
+  with pytest.raises(UserError, match="bad gives nan for the prompt 'q' and the answer 'bb'"):
     reward.mean(PROMPTS, ANSWERS, TOLD, parts=parts)
   with pytest.raises(UserError, match='bad gives inf'):
     reward.mean(PROMPTS, ANSWERS, TOLD, parts=dict(bad=constant([0, 0, float('inf')])))

@@ -1,12 +1,10 @@
 """Bodies that nobody would write, made from the OpenAPI document: never a 5xx."""
 
-import pytest
 
 from benchmarks import fuzz_server
 from tests.serve.conftest import serving
 
 
-@pytest.mark.slow
 def test_no_body_makes_the_server_fail():
   with serving() as served:
     statuses, failed = fuzz_server.fuzz(served.url, 1000)

@@ -668,7 +668,6 @@ print('fine', index)
 """
 
 
-@pytest.mark.slow
 def test_two_processes_agree_on_what_is_good(tmp_path):
   import socket
 

@@ -523,7 +523,6 @@ def test_the_exit_code_of_a_process_that_was_told_to_stop(tmp_path):
   assert f'Stopped at step {step} of 400' in out and step >= 10
 
 
-@pytest.mark.slow
 def test_processes_told_to_stop_stop_at_the_same_step(tmp_path):
   import socket
 
