@@ -56,8 +56,8 @@ class Vocabulary:
   base: number of ids below the markers. modes: their spellings. extra_ids: number of sentinels. pad: id that is never
   generated, None for none. eos: ends a document. start: read before a document and before every prompt; None: nothing
   is, and where something has to be (in training, before an empty prompt) it is eos, the end of the document before.
-  template: how a conversation is written (see data/templates.py), None for a model that has not learned one; turn: ends an
-  answer.
+  template: how a conversation is written (see data/templates.py), None for a model that has not learned one; turn: ends
+  an answer.
   """
 
   pad: int | None
