@@ -3,6 +3,7 @@ r"""Supervised fine-tuning: a trained causal model learns to follow instructions
   make smollm2
   llm-jax train --config=configs/tune/sft.py --workdir=runs/sft
   llm-jax train --config=configs/tune/sft.py:tiny,steps=150 --workdir=runs/sft-tiny
+  llm-jax generate --workdir=runs/sft-tiny --chat --prompt="Name three primary colors."
 
 Differs from configs/pretrain/lm.py in the data (1,100 bundled instructions as conversations in the model's own chat
 template, the loss on answers alone, a tenth of the prompts held out), in where weights and vocabulary come from (a run

@@ -7,7 +7,7 @@ from typing import Any
 import jax
 
 from llm_jax.core.errors import UserError
-from llm_jax.data import chat
+from llm_jax.data import templates
 from llm_jax.decode import generate
 
 YOU, MODEL = 'you: ', 'model: '
@@ -23,12 +23,15 @@ def converse(
   if len(prompts) > 1:
     raise UserError('--chat answers one --prompt: leave out the others, --num and --prompts_file')
   asked, terminal = prompts[0], sys.stdin.isatty()
-  chat.render(words, [dict(role='user', content=asked)])  # refuses a model without a template now
+  templates.prompt(
+    words, [dict(role='user', content=asked)]
+  )  # refuses a model without a template now
   said: list[dict[str, str]] = []
   for turn, line in enumerate([asked] if asked else _lines(terminal)):
     said.append(dict(role='user', content=line))
     key = jax.random.fold_in(jax.random.key(seed), turn)
-    pieces = generate.stream_answer(model, params, words, chat.render(words, said), key, **settings)
+    ids = templates.prompt(words, said)
+    pieces = generate.stream_answer(model, params, words, ids, key, **settings)
     answer = ''
     for piece in pieces:
       if not answer and not asked and terminal:

@@ -11,8 +11,8 @@ Mode tokens and sentinels are written as text: --prompt="[S]ROMEO:", --prompt="T
 as T5 did. --explain prints for every token the candidates and what each setting did to them. --regex='(yes|no)' and
 --schema=FILE draw only what matches.
 
---chat writes what is said as the model's chat template does: a --prompt is answered once; without one every line of the
-input is a turn of a conversation, until it ends (Ctrl-D).
+--chat writes what is said as the model's chat template does, its own or the one it was tuned with here: a --prompt is
+answered once; without one every line of the input is a turn of a conversation, until it ends (Ctrl-D).
 """
 
 import functools

@@ -31,8 +31,8 @@ def render(
   """
   if vocab.template is None:
     raise UserError(
-      'this model has no chat template, so it was not taught to converse: leave out --chat, or convert a model that '
-      'has one (make smollm2)'
+      'this model has no chat template, so it was not taught to converse: leave out --chat, convert a model that has '
+      'one (make smollm2), or tune this one (configs/tune/sft.py)'
     )
   told = told | vocab.spelling
   told |= dict(messages=list(messages), add_generation_prompt=add_generation_prompt)

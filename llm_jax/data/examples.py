@@ -28,13 +28,15 @@ from llm_jax.data.formats import Conversation
 class Set(NamedTuple):
   """One kind of data. size: training examples. texts() -> what a vocabulary may be trained on.
 
-  open(vocab, split, layout, seed) -> a Reader whose chunks are `batch.Example`s.
+  open(vocab, split, layout, seed) -> a Reader whose chunks are `batch.Example`s. templates: the chat templates of its
+  conversations, None for the vocabulary's own; plain text has none.
   """
 
   name: str
   size: int
   texts: Callable[[], Iterator[str]]
   open: Callable[[Any, str, batch_lib.Layout, int], readers.Reader]
+  templates: tuple[str | None, ...] = ()
 
 
 class Task(NamedTuple):
@@ -83,7 +85,7 @@ def conversations(
   def texts() -> Iterator[str]:
     return ('\n'.join(m['content'] for m in one.messages) + '\n' for one in parts['train'])
 
-  return Set(title, len(parts['train']), texts, open_)
+  return Set(title, len(parts['train']), texts, open_, (program,))
 
 
 def instructions(
@@ -160,8 +162,10 @@ def task(
   temperature: float = 1.0,
   vocab: Callable,
 ) -> Task:
-  """Sets in one vocabulary. rates: how many examples of each per example drawn; None: in proportion to their sizes, see
-  `proportional`."""
+  """Sets in one vocabulary, which keeps the chat template that they have in common.
+
+  rates: how many examples of each per example drawn; None: in proportion to their sizes, see `proportional`.
+  """
   made = tuple(one() for one in sets)
   if not made or (rates is not None and (len(rates) != len(made) or min(rates) <= 0)):
     raise UserError(
@@ -187,7 +191,8 @@ def task(
 
   mark = hashlib.sha256(json.dumps([said for one in made for said in one.texts()]).encode())
   words = vocab(vocab_lib.Text('instructions', mark.hexdigest(), read))
-  return Task(made, tuple(rates), words)
+  used = [template for one in made for template in one.templates]
+  return Task(made, tuple(rates), templates.learned(words, used))
 
 
 def proportional(

@@ -66,7 +66,8 @@ def files(
   preferences.check_unique(one for one in found if isinstance(one, Pair | Ranking))
   parts = dict(zip(('train', 'validation'), examples.held_out(found, heldout), strict=True))
   title = name or (path if isinstance(path, str) else path[0])
-  return Data(title, parts, templates.named(template), vocab(None))
+  program = templates.named(template)
+  return Data(title, parts, program, templates.learned(vocab(None), [program]))
 
 
 def hh_harmless(

@@ -10,7 +10,7 @@ A template of ours begins with `{{ bos_token }}`, which is what the model reads 
 nothing.
 """
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -130,10 +130,7 @@ def encode(
   dropping earlier thoughts): then nobody can say which tokens are the answer's.
   """
   words = _words(vocab, template)
-  if any(c in message['content'] for message in messages for c in (_BOS, _EOS)):
-    raise UserError(
-      'a message holds U+E0F0 or U+E0F1, which stand for the start and the end of a text here: remove them'
-    )
+  _check(messages)
   text = chat.render(words, messages, add_generation_prompt=False)
   spans = []
   for i, message in enumerate(messages):
@@ -163,11 +160,28 @@ def encode(
 
 
 def prompt(
-  vocab: Any, messages: Sequence[Mapping[str, Any]], template: str | None = None
+  vocab: Any, messages: Sequence[Mapping[str, Any]], template: str | None = None, **told: Any
 ) -> list[int]:
-  """The ids after which the model answers, whose beginning is its own: generate with `start=None`."""
+  """The ids after which the model answers, whose beginning is its own: generate with `start=None`. The answer ends with
+  `vocab.turn`. told: what else the template may read.
+  """
   words = _words(vocab, template)
-  return [i for i, _, _ in _located(vocab, words, chat.render(words, messages))]
+  _check(messages)
+  text = chat.render(words, messages, **told)
+  if words.eos is None:
+    return list(vocab.encode(text))
+  return [i for i, _, _ in _located(vocab, words, text)]
+
+
+def learned(vocab: Any, used: Collection[str | None]) -> Any:
+  """The vocabulary with the template that a model is tuned with, so that it goes where the weights go.
+
+  used: the templates of the data, None for the vocabulary's own. Of several none is the model's, so it keeps its own.
+  """
+  different = set(used)
+  if len(different) != 1 or None in different:
+    return vocab
+  return vocab.taught(different.pop())
 
 
 def identify(messages: Sequence[Mapping[str, Any]], name: str, developer: str) -> list[dict]:
@@ -189,10 +203,19 @@ class _Words(NamedTuple):
 
 
 def _words(vocab: Any, template: str | None) -> _Words:
-  if template is None or template == vocab.template:
-    return _Words(vocab.template, getattr(vocab, 'spelling', {}), None, None)
+  chosen = vocab.template if template is None else template
+  if chosen is None or (chosen == vocab.template and chosen not in ALL.values()):
+    return _Words(chosen, getattr(vocab, 'spelling', {}), None, None)
   bos = '' if vocab.start is None else _BOS
-  return _Words(template, dict(bos_token=bos, eos_token=_EOS), vocab.start, vocab.eos)
+  return _Words(chosen, dict(bos_token=bos, eos_token=_EOS), vocab.start, vocab.turn)
+
+
+def _check(messages: Sequence[Mapping[str, Any]]) -> None:
+  said = (message.get('content') or '' for message in messages)
+  if any(letter in text for text in said for letter in (_BOS, _EOS)):
+    raise UserError(
+      'a message holds U+E0F0 or U+E0F1, which stand for the start and the end of a text here: remove them'
+    )
 
 
 def _located(vocab: Any, words: _Words, text: str) -> list[tuple[int, int, int]]:

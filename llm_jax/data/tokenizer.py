@@ -13,7 +13,7 @@ from typing import Any
 from llm_jax.core.errors import UserError
 from llm_jax.data import vocab
 
-FILE, TEMPLATE = 'tokenizer.json', 'chat_template.jinja'
+FILE, TEMPLATE = 'tokenizer.json', vocab.TEMPLATE
 ROLES = ('bos', 'start', 'eos', 'turn', 'unk', 'pad')
 
 
@@ -80,13 +80,6 @@ class Tokenizer(vocab.Vocabulary):
       self.description, roles=self.roles, template=self.template, extra_ids=extra_ids, modes=modes
     )
 
-  def save(self, folder: str) -> None:
-    """Writes what `vocab.load(folder)` reads: `tokenizer.json` as it came, the roles, and the chat template."""
-    super().save(folder)
-    if self.template is not None:
-      with open(os.path.join(folder, TEMPLATE), 'w', encoding='utf-8') as f:
-        f.write(self.template)
-
   def _encode(self, text: str) -> list[int]:
     return self._tokenizer.encode(text, add_special_tokens=False).ids
 
@@ -137,7 +130,7 @@ def load(folder: str, settings: Mapping[str, Any]) -> Tokenizer:
   return Tokenizer(
     _read(path),
     roles=settings['roles'],
-    template=_template(folder),
+    template=vocab.template_of(folder),
     extra_ids=settings['extra_ids'],
     modes=tuple(settings['modes']),
   )
@@ -170,7 +163,7 @@ def from_huggingface(folder: str) -> Tokenizer:
   starts = model.get('decoder_start_token_id')
   if starts is None and _begins(description, told, roles['bos']):
     starts = roles['bos']
-  template = _template(folder) or told.get('chat_template')
+  template = vocab.template_of(folder) or told.get('chat_template')
   if isinstance(template, list):  # several, by name
     template = {t['name']: t['template'] for t in template}.get('default')
   return Tokenizer(description, roles=roles | dict(start=starts), template=template)
@@ -237,11 +230,6 @@ def _ids(description: str) -> dict[str, int]:
   except (ValueError, KeyError, TypeError, AttributeError) as e:
     raise UserError(f'{FILE} is not a tokenizer ({e}): download it again') from e
   return (pieces if isinstance(pieces, dict) else {}) | ids
-
-
-def _template(folder: str) -> str | None:
-  path = os.path.join(folder, TEMPLATE)
-  return _read(path) if os.path.isfile(path) else None
 
 
 def _json(folder: str, name: str) -> dict[str, Any]:

@@ -10,6 +10,7 @@ its one id. Normalisation is `identity` unless asked otherwise, spaces and newli
 fall back to bytes, so `decode(encode(s)) == s` for every string that UTF-8 can write.
 """
 
+import copy
 import functools
 import hashlib
 import io
@@ -29,6 +30,7 @@ from llm_jax.data import cache
 PAD, EOS, UNK = 0, 1, 2
 MODES = ('[R]', '[S]', '[X]')
 SPACE = '\u2581'  # how SentencePiece writes a space; a text's own U+2581 goes through its bytes
+TEMPLATE = 'chat_template.jinja'
 _MODEL, _SETTINGS = 'sentencepiece.model', 'vocab.json'
 
 
@@ -54,8 +56,8 @@ class Vocabulary:
   base: number of ids below the markers. modes: their spellings. extra_ids: number of sentinels. pad: id that is never
   generated, None for none. eos: ends a document. start: read before a document and before every prompt; None: nothing
   is, and where something has to be (in training, before an empty prompt) it is eos, the end of the document before.
-  template: how a conversation is written (see data/chat.py), None for a model that has not learned one; turn: ends an
-  answer.
+  template: how a conversation is written (see data/templates.py), None for a model that has not learned one; turn: ends
+  an answer.
   """
 
   pad: int | None
@@ -170,6 +172,18 @@ class Vocabulary:
         f.write(self._content())
     with open(os.path.join(folder, _SETTINGS), 'w', encoding='utf-8') as f:
       json.dump(self._settings(), f, indent=1)
+    path = os.path.join(folder, TEMPLATE)
+    if self.template is not None:
+      with open(path, 'w', encoding='utf-8') as f:
+        f.write(self.template)
+    elif os.path.exists(path):  # of what was trained here before
+      os.remove(path)
+
+  def taught(self, template: str | None) -> 'Vocabulary':
+    """The same ids, for a model that has learned another chat template."""
+    made = copy.copy(self)
+    made.template = template
+    return made
 
   def seqio(self) -> Any:
     """This vocabulary as a `seqio.Vocabulary` with the same ids. Imports TensorFlow."""
@@ -356,17 +370,29 @@ def load(folder: str) -> Vocabulary:
     )
   with open(path, encoding='utf-8') as f:
     settings = json.load(f)
+  markers = dict(extra_ids=settings['extra_ids'], modes=tuple(settings['modes']))
   if settings['kind'] == 'Tokenizer':
     from llm_jax.data import tokenizer  # the library is imported for those who use one
 
     return tokenizer.load(folder, settings)
   if settings['kind'] == 'Bytes':
-    return bytes_(extra_ids=settings['extra_ids'], modes=tuple(settings['modes']))
-  return file(
-    path=os.path.join(folder, _MODEL),
-    extra_ids=settings['extra_ids'],
-    modes=tuple(settings['modes']),
-  )
+    made = bytes_(**markers)
+  else:
+    made = file(path=os.path.join(folder, _MODEL), **markers)
+  made.template = template_of(folder)
+  return made
+
+
+def template_of(folder: str) -> str | None:
+  """The chat template in a folder, where there is one."""
+  path = os.path.join(folder, TEMPLATE)
+  if not os.path.isfile(path):
+    return None
+  try:
+    with open(path, encoding='utf-8') as f:
+      return f.read()
+  except UnicodeDecodeError as e:
+    raise UserError(f'{path} is not UTF-8 text (byte {e.start}): write it again') from e
 
 
 def _train(text: Text, settings: dict, sample: int, markers: int) -> bytes:

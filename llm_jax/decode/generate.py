@@ -225,18 +225,23 @@ def stream_answer(
   model: Any,
   params: Any,
   vocab: Any,
-  conversation: str,
+  ids: Sequence[int],
   key: jax.Array,
   *,
   stop: Sequence[str] = (),
   **settings: Any,
 ) -> Iterator[str]:
-  """The answer to a conversation written as the model's chat template writes it (data/chat.py), in pieces.
+  """The answer to a conversation written as the model's chat template writes it (`data.templates.prompt`), in pieces.
 
-  The template writes the start itself, and the answer ends with the token that ends a turn. settings: those of `text`.
+  The template writes the start itself (an encoder reads none), and the answer ends with the token that ends a turn.
+  settings: those of `text`.
   """
-  ids = prompts_lib.encode(model, vocab, conversation)
-  told = dict(eos=vocab.turn, start=None, allowed=prompts_lib.drawable(model, vocab))
+  prompts_lib.check_vocab(model, vocab)
+  start, ids = None, list(ids)
+  if model.card.kind == 'encoder_decoder':
+    start = vocab.first
+    ids = ids[1:] if vocab.start is not None and ids[:1] == [vocab.start] else ids
+  told = dict(eos=vocab.turn, start=start, allowed=prompts_lib.drawable(model, vocab))
   columns = stream(model, params, *prompts_lib.pad(model, [ids]), key, **settings, **told)
   return prompts_lib.pieces(vocab, [], columns, vocab.turn, stop)
 

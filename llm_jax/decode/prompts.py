@@ -201,15 +201,20 @@ def encode(model: Any, vocab: Any, prompt: str) -> list[int]:
   """The prompt's ids as in training: an encoder's input ends with eos where it holds sentinels (span corruption's
   inputs do, those of prefix LM do not), and is eos alone where there is no text. So is a prompt without start and
   text."""
-  if vocab.size > model.card.vocab:
-    raise UserError(
-      f'the vocabulary has {vocab.size} ids, the model {model.card.vocab}: use the one it was trained with'
-    )
+  check_vocab(model, vocab)
   ids = list(vocab.encode(prompt))
   sentinels = set(map(int, vocab.sentinels))
   if model.card.kind != 'encoder_decoder':
     return ids if ids or vocab.start is not None else [vocab.eos]
   return [*ids, vocab.eos] if not ids or sentinels.intersection(ids) else ids
+
+
+def check_vocab(model: Any, vocab: Any) -> None:
+  """Raises `UserError` for a vocabulary with ids that the model does not have."""
+  if vocab.size > model.card.vocab:
+    raise UserError(
+      f'the vocabulary has {vocab.size} ids, the model {model.card.vocab}: use the one it was trained with'
+    )
 
 
 def pad(model: Any, ids: Sequence[Sequence[int]]) -> tuple[np.ndarray, np.ndarray]:

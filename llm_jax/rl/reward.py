@@ -20,7 +20,7 @@ import numpy as np
 from llm_jax.core import mesh
 from llm_jax.core.errors import UserError, nearest
 from llm_jax.data import batch as batch_lib
-from llm_jax.data import chat as chat_lib
+from llm_jax.data import templates
 from llm_jax.decode import prompts as prompts_lib
 from llm_jax.model import scalar
 from llm_jax.objectives import reward as objective
@@ -172,8 +172,8 @@ def plain(vocab: Any, prompt: str, answer: str) -> Text:
 
 def chat(vocab: Any, prompt: str, answer: str) -> Text:
   """The prompt as a user's turn in the vocabulary's chat template, the answer as the assistant's."""
-  before = chat_lib.render(vocab, [dict(role='user', content=prompt)])
-  return Text(None, list(vocab.encode(before)), [*vocab.encode(answer), vocab.turn])
+  before = templates.prompt(vocab, [dict(role='user', content=prompt)])
+  return Text(None, before, [*vocab.encode(answer), vocab.turn])
 
 
 def of_model(

@@ -26,8 +26,7 @@ import numpy as np
 
 from llm_jax.core import mesh
 from llm_jax.core.errors import UserError
-from llm_jax.data import chat as chat_lib
-from llm_jax.data import pipeline
+from llm_jax.data import pipeline, templates
 from llm_jax.decode import generate as generate_lib
 from llm_jax.decode import prompts as prompts_lib
 from llm_jax.decode import steps
@@ -58,8 +57,8 @@ def plain(model: Any, vocab: Any, record: Record) -> Form:
 def chat(model: Any, vocab: Any, record: Record) -> Form:
   """record['prompt'] as a user's turn, or the conversation record['messages'], in the vocabulary's chat template."""
   turns = record.get('messages') or [dict(role='user', content=record['prompt'])]
-  text = chat_lib.render(vocab, turns)
-  return Form(prompts_lib.encode(model, vocab, text), None, vocab.turn)
+  prompts_lib.check_vocab(model, vocab)
+  return Form(templates.prompt(vocab, turns), None, vocab.turn)
 
 
 def of_run(model: Any, *, path: str, vocab: Callable | None = None) -> Any:

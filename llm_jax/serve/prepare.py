@@ -9,7 +9,7 @@ from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
 from llm_jax.core.errors import UserError
-from llm_jax.data import chat
+from llm_jax.data import chat, templates
 from llm_jax.serve import api, tools
 from llm_jax.serve.requests import Request
 
@@ -81,8 +81,8 @@ def conversation(body: api.Chat, vocab: Any, length: int, limits: api.Limits) ->
   functions, forced = tools.wanted(body)
   native = chat.takes(vocab.template, 'tools')
   told = dict(tools=[tools.listed(f) for f in functions]) if functions and native else {}
-  text = chat.render(vocab, tools.messages(body, functions, native), **told)
-  ids = tuple(vocab.encode(text)) or (vocab.eos,)
+  said = tools.messages(body, functions, native)
+  ids = tuple(templates.prompt(vocab, said, **told)) or (vocab.eos,)
   if body.max_completion_tokens is not None:
     asked, field = body.max_completion_tokens, 'max_completion_tokens'
   else:
@@ -95,7 +95,7 @@ def conversation(body: api.Chat, vocab: Any, length: int, limits: api.Limits) ->
   ask = Request(ids, max_new=room, **shared)
   samples = tuple(ask._replace(seed=s, constraint=make()) for s in _seeds(body.seed, n))
   hear = tools.Forced if forced else tools.Reader if functions else tools.Plain
-  return Job([Prompt(ids, len(ids), text, samples)], body.stops(limits), n, False, hear)
+  return Job([Prompt(ids, len(ids), '', samples)], body.stops(limits), n, False, hear)
 
 
 def embedding(

@@ -109,7 +109,7 @@ def test_chat_answers_one_prompt_and_goes_on_line_by_line(talker, call, monkeypa
 
   told = f'user: Who is Lily?\nassistant: {one[:-1]}\nuser: And Ben?\nassistant:'
   said = decode.stream_answer(
-    model, params, words, told, jax.random.key(0), temperature=0, max_new=12
+    model, params, words, words.encode(told), jax.random.key(0), temperature=0, max_new=12
   )
   assert out == one + ''.join(said) + '\n'
 

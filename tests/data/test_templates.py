@@ -156,3 +156,51 @@ def test_ids_know_their_characters(text, pieces):
       if len(made.decode([i])) == stop - start and '\ufffd' not in made.decode([i]):
         assert made.decode([i]) == text[start:stop]
     assert covered == set(range(len(text)))
+
+
+PIECES = vocab.sentencepiece(
+  vocab.text_of(['Hi there. Hello, who are you? ' * 9]), size=300, extra_ids=0, modes=()
+)
+
+
+@pytest.mark.parametrize('name', templates.ALL)
+@pytest.mark.parametrize(
+  'made', [BYTES, PIECES, words(), words(roles=ROLES | dict(start=3)), words('smollm2')]
+)
+def test_a_template_goes_where_the_vocabulary_goes(name, made, tmp_path):
+  """What is learned with a named template is asked with the saved vocabulary's own, to the id."""
+  taught = templates.learned(made, [templates.ALL[name]] * 2)
+  taught.save(str(tmp_path))
+  again = vocab.load(str(tmp_path))
+  assert again.template == templates.ALL[name] and again.fingerprint == made.fingerprint
+  for said in (TALK[:1], [SYSTEM, *TALK[:3]]):
+    asked = templates.prompt(again, said)
+    answered = [*said, ANSWER]
+    ids, weights = templates.encode(made, answered, templates.ALL[name], first=len(said))
+    assert (
+      asked == ids[: len(asked)].tolist()
+      and weights[len(asked)]
+      and not weights[: len(asked)].any()
+    )
+    same, _ = templates.encode(again, answered)
+    assert same.tolist() == ids.tolist()
+  made.save(str(tmp_path))  # another run in the same folder
+  assert vocab.load(str(tmp_path)).template == made.template
+
+
+def test_the_prompt_of_a_template_of_ours_in_bytes():
+  taught = templates.learned(BYTES, [templates.CHATML])
+  text = '<|im_start|>user\nHi\x01\n<|im_start|>assistant\n'
+  expected = [0, *(1 if letter == 1 else 3 + letter for letter in text.encode())]
+  assert templates.prompt(taught, [QUESTION]) == expected
+  with pytest.raises(UserError, match='U\\+E0F1'):
+    templates.prompt(taught, [dict(role='user', content='Hi\ue0f1')])
+
+
+def test_a_vocabulary_learns_one_template_or_none():
+  own = words('smollm2')
+  assert templates.learned(own, [None, templates.ALPACA]) is own
+  assert templates.learned(own, [templates.VICUNA, templates.ALPACA]) is own
+  assert templates.learned(own, [None]) is templates.learned(own, []) is own
+  assert templates.learned(BYTES, [templates.ALPACA]).template == templates.ALPACA
+  assert BYTES.template is None
