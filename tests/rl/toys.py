@@ -9,7 +9,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from llm_jax.core import mesh
-from llm_jax.objectives import language, policy
+from llm_jax.objectives import language, policy, preference
 from llm_jax.optim import chain, rules, schedules
 from llm_jax.rl import advantage, rollout, toy
 from llm_jax.train import loop, state, step
@@ -22,6 +22,7 @@ METHODS = {
   'rloo': dict(objective=policy.rloo, estimate=advantage.leave_one_out, beta=0.02),
   'reinforce': dict(objective=policy.reinforce, estimate=advantage.batch_mean, beta=0.02),
   'raft': dict(objective=language.next_token, estimate=advantage.score, keep=rollout.best, tries=9),
+  'dpo': dict(objective=preference.dpo),
 }
 
 
