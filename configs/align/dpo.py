@@ -5,10 +5,12 @@ r"""Direct preference optimisation: a model learns which of two answers people p
   llm-jax train --config=configs/align/dpo.py:tiny --workdir=runs/dpo-tiny
 
 Differs from configs/pretrain/lm.py in the data (the bundled harmless pairs of HH-RLHF in the model's own chat template,
-15 % of the prompts held out), in the objective with its reference (the run that the model begins with), and in AdamW
-with a small rate. What is logged: heldout/accuracy, the share of held-out pairs in the right order. The reference is at
-0.5 by definition. Name a tuned run with :run=runs/sft; `:tiny` is a small model of bytes from scratch on polite and
-impolite answers: held-out accuracy 0.86 of 97 pairs after its 60 steps.
+a quarter of the prompts held out; the two thirds that are longer than 128 tokens are left out), in the objective with
+its reference (the run that the model begins with), and in AdamW with a small rate. What is logged: heldout/accuracy, the
+share of held-out pairs in the right order. The reference is at 0.5 by definition; expect 0.625 of 176 pairs (95 %
+interval 0.55 to 0.69) after 66 steps, about 25 minutes on two CPU cores. Name a tuned run with :run=runs/sft; `:tiny`
+is a small model of bytes from scratch on polite and impolite answers: held-out accuracy 0.86 of 97 pairs after its 60
+steps.
 """
 
 from configs.pretrain import lm
@@ -24,7 +26,7 @@ from llm_jax.train import hooks
 
 ASKED = 'Rewrite this sentence politely: Give me the salt.'
 SIZES = dict(
-  smollm2=dict(run='runs/smollm2', batch=8, length=256, steps=40, peak=1e-5),
+  smollm2=dict(run='runs/smollm2', batch=8, length=128, steps=66, peak=2e-5),
   tiny=dict(run='', batch=8, length=256, steps=60, peak=2e-3),
 )
 
@@ -61,9 +63,9 @@ def words(arg):
 
 
 def data(arg):
-  """Pairs, batch and length for the sources of data/pairs.py. A few comparisons are longer than the context."""
+  """Pairs, batch and length for the sources of data/pairs.py, and the share of comparisons that may be longer."""
   if arg.run:
-    made, left_out = use(pairs.hh_harmless, vocab=words(arg)), 0.3
+    made, left_out = use(pairs.hh_harmless, heldout=0.25, vocab=words(arg)), 0.8
   else:
     made, left_out = use(pairs.politeness, template='chatml', vocab=words(arg)), 0.1
   return dict(data=made, batch=arg.batch, length=arg.length, left_out=left_out)
@@ -78,6 +80,6 @@ def finish(c, source, objective, heldout=None, judge=None):
   """source(**settings) -> the config of a source. heldout, judge: another source and objective to evaluate with."""
   c.source, c.objective = source(), objective
   held = (heldout or source)(split='validation', shuffle=False)
-  every = max(1, c.steps // 4)
+  every = max(1, c.steps // 2)
   c.hooks.heldout = use(hooks.evaluate, source=held, objective=judge or objective, every=every)
   return c

@@ -13,17 +13,20 @@ def draw(workdir: str, *, name: str = 'heldout') -> str | None:
   """Writes `loss.png`; returns its path, or None when there are fewer than two points to draw.
 
   Above the training loss in nats per token, each line's average and a smoothed curve; below, where it was evaluated,
-  bits per byte of the text `name`, or the share of the pairs `name` in the right order. Both against tokens trained on.
+  bits per byte of the text `name`, or the share of the pairs `name` in the right order beside that by chance. Both
+  against the tokens or pairs trained on.
   """
   lines = read(os.path.join(workdir, 'metrics.jsonl'))
   steps, loss = column(lines, 'loss')
   if len(steps) < 2:
     return None
   at, held = column(lines, f'{name}/bits_per_byte')
-  of_loss, of_held = 'nats per token', 'held-out text\n(bits per byte)'
-  if not len(at):
+  of_loss, of_held, unit = 'nats per token', 'held-out text\n(bits per byte)', 'tokens'
+  pairs = not len(at)
+  if pairs:
     at, held = column(lines, f'{name}/accuracy')
-    of_loss, of_held = ('per pair' if len(at) else of_loss), 'held-out pairs\n(accuracy)'
+    if len(at):
+      of_loss, of_held, unit = 'per pair', 'held-out pairs\n(accuracy)', 'pairs'
   tokens = column(lines, 'tokens')
   panels = _panels(2 if len(at) else 1)
   x = np.interp(steps, *tokens)
@@ -33,8 +36,11 @@ def draw(workdir: str, *, name: str = 'heldout') -> str | None:
   if len(at):
     x = np.interp(at, *tokens)
     panels[1].plot(x, held, color=HELD_OUT, marker='o', markersize=4, linewidth=1.8)
-    _label(panels[1], of_held, held, x[-1], held[-1], HELD_OUT)
-  panels[-1].set_xlabel('tokens')
+    chance = [0.5] * pairs
+    for y in chance:
+      panels[1].axhline(y, color='0.6', linewidth=1, linestyle='--')
+    _label(panels[1], of_held, np.append(held, chance), x[-1], held[-1], HELD_OUT)
+  panels[-1].set_xlabel(unit)
   path = os.path.join(workdir, 'loss.png')
   panels[0].figure.savefig(f'{path}.new', format='png')
   os.replace(f'{path}.new', path)
