@@ -6,6 +6,7 @@ Moments: `read`, while the fourth batch (of policies: the second reward) is bein
 update has been handed to the device; `save`, when the checkpoint of step 4 is written and has yet its temporary name.
 """
 
+import functools
 import os
 import signal
 import sys
@@ -51,6 +52,7 @@ def at_call(number, function, after=False):
   """`function`, the `number`th call of which is the end; after: of this process' part of it."""
   calls = []
 
+  @functools.wraps(function)  # configs name a reward by its module and name
   def counted(*args, **kw):
     calls.append(1)
     if len(calls) == number and not after:

@@ -73,3 +73,9 @@ def test_killed_and_run_again_is_bit_exact(kind, moment, whole, tmp_path):
   for name in want:
     np.testing.assert_array_equal(np.asarray(got[name]), np.asarray(want[name]), err_msg=name)
   assert metrics(tmp_path / 'run') == metrics(wanted)
+
+
+def test_the_recorder_names_what_is_wrong_in_a_real_run(whole):
+  """The policies here are too young to be ever right: no answer earns anything."""
+  rows = metrics(whole('ppo')[0])
+  assert any('rl/diagnosis/constant_reward' in row for row in rows.values())
