@@ -88,7 +88,9 @@ def test_every_technique_has_its_file_and_test():
     wrong += [] if files and tests else [f'{technique}: no file or no test']
     for entry in files + tests:
       path, _, name = entry.replace('::', ':').partition(':')
-      full = ROOT / (path if path.startswith(('tests/', 'configs/', 'experiments/')) else f'llm_jax/{path}')
+      full = ROOT / (
+        path if path.startswith(('tests/', 'configs/', 'experiments/')) else f'llm_jax/{path}'
+      )
       if not full.is_file():
         wrong.append(f'{technique}: no file {path}')
       elif name and name not in defined(full):

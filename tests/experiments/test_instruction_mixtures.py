@@ -112,7 +112,7 @@ def test_stages_come_in_order_and_a_run_leaves_the_base_as_it_was(base, tmp_path
 def test_the_sets_of_a_seed(base):
   pool = talk(*[(f'Say {w}', w) for w in data.WORDS])
   pools = run.Pools(pool, pool, {}, np.arange(len(pool), dtype=float))
-  made, same, other = (run.arms(pools, 12, seed) for seed in (0, 0, 1))
+  made, same, other = (run.arms(base, pools, 12, seed) for seed in (0, 0, 1))
   assert made == same and made['synthetic'] != other['synthetic']
   sizes = {name: [[len(one) for one in stage] for stage in sets] for name, sets in made.items()}
   assert sizes['all three'] == [[12, 12, 12]] and sizes['scaling'] == [[len(pool)]]
