@@ -97,7 +97,7 @@ def tasks(count: int, seed: int, *, heldout: bool, kinds: Sequence[str] = tuple(
   heldout: whether what is asked about (a word, a pair of numbers) is of those that training never sees, in any wording.
   """
   rng, found = np.random.default_rng(seed), {}
-  for i in range(count * 200):
+  for i in range(count * 40):
     if len(found) == count:
       break
     name = kinds[i % len(kinds)]

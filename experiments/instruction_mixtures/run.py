@@ -240,17 +240,17 @@ def answers(base: Base, params: Any, found: Sequence[Conversation], most: int) -
 def difficulty(base: Base, found: Sequence[Conversation], *, batch: int = 64) -> np.ndarray:
   """f64 [n]: nats per token of each first answer under the base model; its exponential is the perplexity."""
   program, nats = templates.ALL[TEMPLATE], []
+  nothing = np.zeros((batch, 1), np.int32), np.zeros(batch, np.int32)  # whole texts are scored
   for first in range(0, len(found), batch):
-    some = found[first : first + batch]
-    asked, said = np.zeros((2, batch, LENGTH), np.int32)
-    sizes = np.ones((2, batch), np.int32)
-    for i, one in enumerate(some):
-      before = templates.prompt(base.words, one.messages[:1], program)
-      whole = templates.encode(base.words, one.messages[:2], program).ids
-      asked[i, : len(before)], said[i, : len(whole) - len(before)] = before, whole[len(before) :]
-      sizes[:, i] = len(before), len(whole) - len(before)
-    given = score.tokens(base.model, base.params, asked, sizes[0], said, sizes[1], start=None)
-    nats.append(-np.asarray(given.logp, np.float64).sum(1)[: len(some)] / sizes[1, : len(some)])
+    ids, sizes = np.zeros((batch, LENGTH), np.int32), np.ones(batch, np.int32)
+    counted = np.zeros((batch, LENGTH))
+    for i, one in enumerate(found[first : first + batch]):
+      encoded = templates.encode(base.words, one.messages[:2], program)
+      sizes[i] = len(encoded.ids)
+      ids[i, : sizes[i]], counted[i, : sizes[i]] = encoded
+    logp = score.tokens(base.model, base.params, *nothing, ids, sizes, start=None).logp
+    total = (np.asarray(logp, np.float64) * counted).sum(1)
+    nats.append(-(total / np.maximum(counted.sum(1), 1))[: len(found) - first])
   return np.concatenate(nats)
 
 
