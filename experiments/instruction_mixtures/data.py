@@ -97,7 +97,7 @@ def tasks(count: int, seed: int, *, heldout: bool, kinds: Sequence[str] = tuple(
   heldout: whether what is asked about (a word, a pair of numbers) is of those that training never sees, in any wording.
   """
   rng, found = np.random.default_rng(seed), {}
-  for i in range(count * 200):
+  for i in range(count * 40):
     if len(found) == count:
       break
     name = kinds[i % len(kinds)]
@@ -159,14 +159,18 @@ def _ended(a: Conversation, b: Conversation) -> tuple[str, str]:
   return f'{_asked(a)}\nEnd with the word done.', f'{_said(a)} Done.'
 
 
-def complex_(found: Sequence[Conversation]) -> list[Conversation]:
+def complex_(
+  found: Sequence[Conversation], fits: Callable[[Conversation], bool] = lambda one: True
+) -> list[Conversation]:
   """Each with one more thing to heed, by rules whose effect on the answer is known: two tasks in one, capitals, a last
-  word. What WizardLM had a model write (Evol-Instruct), as far as that goes without one."""
-  made = []
+  word. What WizardLM had a model write (Evol-Instruct), as far as that goes without one. Of the three in turn the first
+  that fits; as it was where none does."""
+  made, changes = [], (_chained, _capitals, _ended)
   for i, one in enumerate(found):
-    change = (_chained, _capitals, _ended)[i % 3]
-    asked, said = change(one, found[(i + 1) % len(found)])
-    made.append(formats.task(asked, '', said, one.where, dict(changed=change.__name__)))
+    following = found[(i + 1) % len(found)]
+    told = (changes[(i + k) % 3](one, following) for k in range(3))
+    tried = (formats.task(asked, '', said, one.where) for asked, said in told)
+    made.append(next((new for new in tried if fits(new)), one))
   return made
 
 

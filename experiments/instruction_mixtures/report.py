@@ -12,13 +12,13 @@ METRICS = (*NATS, 'exact')
 STRATEGIES = ('complexity', 'diversity', 'difficulty', 'scaling', 'progressive')
 
 
-def interval(values: Sequence[float]) -> tuple[float, float]:
-  """(mean, half the width of its 95 % interval by Student's t); the half is NaN for a single value."""
+def interval(values: Sequence[float]) -> tuple[float, float | None]:
+  """(mean, half the width of its 95 % interval by Student's t); of a single value None."""
   from scipy import stats
 
   n, x = len(values), np.asarray(values, float)
   if n < 2:
-    return float(x.mean()), float('nan')
+    return float(x.mean()), None
   return float(x.mean()), float(stats.t.ppf(0.975, n - 1) * x.std(ddof=1) / np.sqrt(n))
 
 
@@ -52,9 +52,17 @@ def differences(found: Mapping[str, Sequence[Mapping[str, float]]]) -> list[dict
   told = []
   for finding, a, b, key in asked:
     if a in found and b in found:
-      pairs = zip(found[a], found[b], strict=True)
+      pairs = zip(found[a], found[b], strict=False)  # the seeds that both have by now
       mean, half = interval([x[key] - y[key] for x, y in pairs])
-      told.append(dict(finding=finding, metric=key, mean=mean, half=half, sure=abs(mean) > half))
+      told.append(
+        dict(
+          finding=finding,
+          metric=key,
+          mean=mean,
+          half=half,
+          sure=half is not None and abs(mean) > half,
+        )
+      )
   return told
 
 
@@ -83,9 +91,7 @@ def table(summary: Mapping[str, Any]) -> str:
       cells.append(f'{row[key]["mean"]:.0f}' if key in row else '')
     for key in METRICS:
       scale, digits = (1, 3) if key in NATS else (100, 1)
-      cells.append(
-        _cell(row[key]['mean'] * scale, row[key]['half'] * scale, digits, name == 'base')
-      )
+      cells.append(_cell(row[key], scale, digits))
     lines.append('| ' + ' | '.join(cells) + ' |')
   lines += [
     '',
@@ -93,14 +99,14 @@ def table(summary: Mapping[str, Any]) -> str:
     '| --- | --: | --- |',
   ]
   for one in summary['differences']:
-    cell = _cell(one['mean'], one['half'], 3, False, sign='+')
+    cell = _cell(one, 1, 3, sign='+')
     lines.append(f'| {one["finding"]} | {cell} | {"yes" if one["sure"] else "no"} |')
   return '\n'.join(lines) + '\n'
 
 
-def _cell(mean: float, half: float, digits: int, alone: bool, sign: str = '') -> str:
-  told = f'{mean:{sign}.{digits}f}'
-  return told if alone or np.isnan(half) else f'{told} ± {half:.{digits}f}'
+def _cell(one: Mapping[str, Any], scale: float, digits: int, sign: str = '') -> str:
+  told = f'{one["mean"] * scale:{sign}.{digits}f}'
+  return told if one['half'] is None else f'{told} ± {one["half"] * scale:.{digits}f}'
 
 
 def draw(summary: Mapping[str, Any], path: str) -> None:
@@ -117,7 +123,7 @@ def draw(summary: Mapping[str, Any], path: str) -> None:
   for panel, key in zip(panels, shown, strict=True):
     scale = 1 if key in NATS else 100
     means = np.array([row[key]['mean'] for row in rows.values()]) * scale
-    halves = np.nan_to_num([row[key]['half'] for row in rows.values()]) * scale
+    halves = np.array([row[key]['half'] or 0 for row in rows.values()]) * scale
     panel.errorbar(
       means, y, xerr=halves, fmt='s', color='black', markersize=5, capsize=3, linewidth=1
     )

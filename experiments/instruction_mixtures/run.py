@@ -39,7 +39,7 @@ OUT = flags.DEFINE_string('out', 'runs/mixtures', 'where the data and the result
 DATA = flags.DEFINE_string('data', None, 'a folder with chat.* (ShareGPT), synthetic.* (Alpaca)')
 QUICK = flags.DEFINE_bool('quick', False, 'few updates of four rows, to see it work')
 SEEDS = flags.DEFINE_integer('seeds', 3, 'runs of every row')
-STEPS = flags.DEFINE_integer('steps', 80, 'updates of every run')
+STEPS = flags.DEFINE_integer('steps', 60, 'updates of every run')
 COUNT = flags.DEFINE_integer('count', 300, 'instructions in a set')
 ROWS, LENGTH, TEMPLATE, PEAK = 4, 256, 'survey', 1e-3
 QUICK_ARMS = ('task', 'synthetic')
@@ -72,10 +72,10 @@ def main(argv: list[str]) -> None:
   base = load(BASE.value)
   pools = gather(base, DATA.value)
   tune, measure = tuner(base, steps), measurer(base, pools.heldout)
-  found: dict[str, list[dict[str, float]]] = {'base': [measure(base.params)] * seeds}
+  found: dict[str, list[dict[str, float]]] = {'base': [measure(base.params)]}
   settings = dict(steps=steps, seeds=seeds, rows=ROWS, length=LENGTH, count=COUNT.value)
   for seed in range(seeds):
-    made = arms(pools, COUNT.value, seed)
+    made = arms(base, pools, COUNT.value, seed)
     for name in QUICK_ARMS if quick else made:
       folder = os.path.join(OUT.value, f'data-{seed}', name.replace(' ', '_'))
       params = tune(source(base, made[name], folder, steps, seed), seed)
@@ -83,8 +83,8 @@ def main(argv: list[str]) -> None:
       found.setdefault(name, []).append(told)
       seconds = round(time.perf_counter() - begin)
       print(f'{seconds} s, seed {seed} {name:14}', report.line(told), flush=True)
-    summary = report.summarise(found, settings | dict(seeds=seed + 1, seconds=seconds))
-    report.write(summary, OUT.value)
+      summary = report.summarise(found, settings | dict(seconds=seconds))
+      report.write(summary, OUT.value)
   print(report.table(summary))
   print(f'{seconds} s; results.json, results.md and results.png are in {OUT.value}')
 
@@ -102,21 +102,25 @@ def gather(base: Base, folder: str | None) -> Pools:
   chat, chat_held = examples.held_out(fitting(kinds.chat(folder)), 0.1)
   synthetic, synthetic_held = examples.held_out(fitting(kinds.synthetic(folder)), 0.1)
   heldout = dict(
-    chat=chat_held[:100],
-    task=kinds.tasks(96, 10**6, heldout=True),
-    synthetic=synthetic_held[:96],
-    people=fitting(kinds.seeds()),
+    chat=chat_held[:64],
+    task=kinds.tasks(64, 10**6, heldout=True),
+    synthetic=synthetic_held[:64],
+    people=fitting(kinds.seeds())[:64],
   )
   return Pools(chat, synthetic, heldout, difficulty(base, synthetic))
 
 
 def short(words: Any, found: Sequence[Conversation]) -> list[Conversation]:
   """Those that fit into a row."""
-  program = templates.ALL[TEMPLATE]
-  return [one for one in found if len(templates.encode(words, one.messages, program).ids) <= LENGTH]
+  return [one for one in found if fits(words, one)]
 
 
-def arms(pools: Pools, count: int, seed: int) -> dict[str, Sets]:
+def fits(words: Any, one: Conversation) -> bool:
+  """Whether a conversation fits into a row."""
+  return len(templates.encode(words, one.messages, templates.ALL[TEMPLATE]).ids) <= LENGTH
+
+
+def arms(base: Base, pools: Pools, count: int, seed: int) -> dict[str, Sets]:
   """Name -> the sets it is tuned on, in stages; sets of a stage are drawn from equally."""
   rng = np.random.default_rng(seed)
   draw = lambda some: [some[i] for i in rng.permutation(len(some))[:count]]
@@ -133,7 +137,7 @@ def arms(pools: Pools, count: int, seed: int) -> dict[str, Sets]:
     'synthetic': [[synthetic]],
     'chat+synthetic': [[chat, synthetic]],
     'all three': [[task, chat, synthetic]],
-    'complexity': [[kinds.complex_(synthetic)]],
+    'complexity': [[kinds.complex_(synthetic, functools.partial(fits, base.words))]],
     'diversity': [[kinds.diverse(pools.synthetic, count, seed)]],
     'difficulty': [[kinds.moderate(pools.synthetic, pools.nats, count)]],
     'scaling': [[pools.synthetic]],
@@ -236,17 +240,17 @@ def answers(base: Base, params: Any, found: Sequence[Conversation], most: int) -
 def difficulty(base: Base, found: Sequence[Conversation], *, batch: int = 64) -> np.ndarray:
   """f64 [n]: nats per token of each first answer under the base model; its exponential is the perplexity."""
   program, nats = templates.ALL[TEMPLATE], []
+  nothing = np.zeros((batch, 1), np.int32), np.zeros(batch, np.int32)  # whole texts are scored
   for first in range(0, len(found), batch):
-    some = found[first : first + batch]
-    asked, said = np.zeros((2, batch, LENGTH), np.int32)
-    sizes = np.ones((2, batch), np.int32)
-    for i, one in enumerate(some):
-      before = templates.prompt(base.words, one.messages[:1], program)
-      whole = templates.encode(base.words, one.messages[:2], program).ids
-      asked[i, : len(before)], said[i, : len(whole) - len(before)] = before, whole[len(before) :]
-      sizes[:, i] = len(before), len(whole) - len(before)
-    given = score.tokens(base.model, base.params, asked, sizes[0], said, sizes[1], start=None)
-    nats.append(-np.asarray(given.logp, np.float64).sum(1)[: len(some)] / sizes[1, : len(some)])
+    ids, sizes = np.zeros((batch, LENGTH), np.int32), np.ones(batch, np.int32)
+    counted = np.zeros((batch, LENGTH))
+    for i, one in enumerate(found[first : first + batch]):
+      encoded = templates.encode(base.words, one.messages[:2], program)
+      sizes[i] = len(encoded.ids)
+      ids[i, : sizes[i]], counted[i, : sizes[i]] = encoded
+    logp = score.tokens(base.model, base.params, *nothing, ids, sizes, start=None).logp
+    total = (np.asarray(logp, np.float64) * counted).sum(1)
+    nats.append(-(total / np.maximum(counted.sum(1), 1))[: len(found) - first])
   return np.concatenate(nats)
 
 

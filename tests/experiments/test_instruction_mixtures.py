@@ -48,8 +48,8 @@ def test_tasks_have_the_right_answer_and_what_is_held_out_is_never_trained():
   assert {one.told['kind'] for one in held} == set(data.TASKS)
   two = data.tasks(50, 0, heldout=False, kinds=('copy', 'larger'))
   assert {one.told['kind'] for one in two} == {'copy', 'larger'}
-  with pytest.raises(UserError, match='fewer than 900'):
-    data.tasks(900, 0, heldout=False, kinds=('sum',))
+  with pytest.raises(UserError, match='fewer than 300'):
+    data.tasks(300, 0, heldout=False, kinds=('sum',))
 
 
 def talk(*pairs):
@@ -64,6 +64,10 @@ def test_the_four_ways():
     ('Say hi\nWrite the answer in capital letters.', 'HI.'),
     ('Greet\nEnd with the word done.', 'Hello. Done.'),
   ]
+  short = lambda one: len(_asked(one)) < 25
+  assert data.complex_(found, short) == found
+  single = data.complex_(found, lambda one: 'Do both' not in _asked(one))
+  assert single[0].messages[1]['content'] == 'PLUM.'
   alike = talk(
     *[(f'Add two and {w}', '?') for w in ('two', 'three', 'four')], ('Sing loudly', 'La')
   )
@@ -112,7 +116,7 @@ def test_stages_come_in_order_and_a_run_leaves_the_base_as_it_was(base, tmp_path
 def test_the_sets_of_a_seed(base):
   pool = talk(*[(f'Say {w}', w) for w in data.WORDS])
   pools = run.Pools(pool, pool, {}, np.arange(len(pool), dtype=float))
-  made, same, other = (run.arms(pools, 12, seed) for seed in (0, 0, 1))
+  made, same, other = (run.arms(base, pools, 12, seed) for seed in (0, 0, 1))
   assert made == same and made['synthetic'] != other['synthetic']
   sizes = {name: [[len(one) for one in stage] for stage in sets] for name, sets in made.items()}
   assert sizes['all three'] == [[12, 12, 12]] and sizes['scaling'] == [[len(pool)]]
@@ -128,13 +132,13 @@ def test_intervals_are_student_s():
   """Three values: t(0.975, 2) = 4.302653 in any table."""
   mean, half = report.interval([1.0, 2.0, 4.0])
   assert abs(mean - 7 / 3) < 1e-12 and abs(half - 4.302653 * np.sqrt(7 / 3 / 3)) < 1e-5
-  assert np.isnan(report.interval([1.0])[1])
+  assert report.interval([1.0]) == (1.0, None)
 
 
 def test_differences_are_taken_seed_by_seed(tmp_path):
   one = lambda x, **more: dict(chat=x, task=x, synthetic=x, people=x, exact=x / 10) | more
   found = {
-    'base': [one(5.0)] * 3,
+    'base': [one(5.0)],
     'task': [one(x, exact=0.9, records=3, mtld=50.0) for x in (1.0, 2.0, 3.0)],
     'synthetic': [one(x + 0.5, exact=0.1, records=3, mtld=50.0) for x in (1.0, 2.0, 3.0)],
   }
