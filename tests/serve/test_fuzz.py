@@ -1,6 +1,5 @@
 """Bodies that nobody would write, made from the OpenAPI document: never a 5xx."""
 
-
 from benchmarks import fuzz_server
 from tests.serve.conftest import serving
 
