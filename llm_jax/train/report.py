@@ -62,17 +62,21 @@ def summary(workdir: str, step: int, steps: int) -> str:
   """The closing lines of a run: the result, where everything lies, three commands to try next."""
   here = os.path.relpath(workdir) if not os.path.relpath(workdir).startswith('..') else workdir
   bits, loss = last_value(workdir, 'heldout/bits_per_byte'), last_value(workdir, 'loss')
-  right = last_value(workdir, 'heldout/accuracy')
-  result = '' if loss is None else f'training loss: {loss:.4f} nats per token'
+  right, earned = last_value(workdir, 'heldout/accuracy'), last_value(workdir, 'heldout/reward')
+  unit = '' if last_value(workdir, 'nats') is None else ' nats per token'
+  result = '' if loss is None else f'training loss: {loss:.4f}{unit}'
   if bits is not None:
     result = f'held-out text: {bits:.3f} bits per byte'
   elif right is not None:
     result = f'held-out pairs: {100 * right:.1f} % in the right order'
+  elif earned is not None:
+    result = f'held-out reward: {earned:.3f}'
   places = {
     'checkpoints/': 'weights, optimizer, data position',
     'metrics.jsonl': 'every number, one JSON object a line',
     'tensorboard/': f'tensorboard --logdir={here}',
     'loss.png': 'the loss curves',
+    'heldout_calibration.png': 'how often the reward model is right when it is sure',
     'samples.txt': 'what the model wrote on the way',
     'config.json': 'the config this run used',
   }
@@ -82,9 +86,9 @@ def summary(workdir: str, step: int, steps: int) -> str:
     f'llm-jax train --config={here}/config.json --config.seed=1 --workdir={here}-seed1': 'again, another seed',
     'llm-jax train --config=configs/pretrain/ul2.py --workdir=runs/ul2': 'another objective',
   }
-  width = max(map(len, commands))
+  width, wide = max(map(len, commands)), max([14, *(len(name) + 1 for name in there)])
   lines = [f'Finished: step {step} of {steps}. {result}'.rstrip(), '', f'In {here}:']
-  lines += [f'  {name:14}{what}' for name, what in there.items()]
+  lines += [f'  {name:{wide}}{what}' for name, what in there.items()]
   lines += [
     '',
     'Try next:',
