@@ -188,7 +188,13 @@ MOMENTS = dict(
 )
 
 
-@pytest.mark.parametrize('name', MOMENTS)
+FAST = 'middle', 'during_a_save'
+
+
+@pytest.mark.parametrize(
+  'name',
+  [pytest.param(name, marks=[] if name in FAST else pytest.mark.slow) for name in MOMENTS],
+)
 def test_kill_9_and_run_again_is_bit_exact(name, finished, tmp_path):
   workdir = tmp_path / 'run'
   kill_at(workdir, MOMENTS[name])
