@@ -101,13 +101,15 @@ def pairs(
   length: int = 512,
   encoder_length: int | None = None,
   left_out: float = 0.0,
+  trim: int | None = None,
   shuffle: bool = True,
   seed: int = 0,
   process_index: int | None = None,
   process_count: int | None = None,
 ) -> pipeline.Source:
   """Pairs, one to a row; a ranking gives all its pairs. left_out: the share of comparisons that may be too long; they
-  are left out and counted. The others: see `pipeline.make`."""
+  are left out and counted. trim: cut each batch to its longest text, rounded up to a multiple of this, which gives at
+  most length / trim shapes to compile; for one process. The others: see `pipeline.make`."""
   made = data()
   comparisons = [p for one in examples.of_split(made.splits, split, made.name) for p in _pairs(one)]
   told = {
@@ -124,7 +126,7 @@ def pairs(
     return sides | {name: np.float32(getattr(one, name)) for name in told}
 
   sizes = (batch, length, encoder_length, left_out, shuffle, seed, process_index, process_count)
-  return _source(model, made, comparisons, row, SIDES, told, *sizes)
+  return _source(model, made, comparisons, row, SIDES, told, *sizes, trim=trim)
 
 
 def rankings(
@@ -253,8 +255,23 @@ def empty(
 
 
 def _source(
-  model, made, comparisons, row, names, told, batch, length, encoder_length, left_out, *rest
+  model,
+  made,
+  comparisons,
+  row,
+  names,
+  told,
+  batch,
+  length,
+  encoder_length,
+  left_out,
+  *rest,
+  trim=None,
 ) -> pipeline.Source:
+  if trim is not None and (trim < 1 or pipeline.processes(*rest[-2:])[1] > 1):
+    raise UserError(
+      f'trim={trim}: choose a positive multiple, and None with several processes, whose batches would differ in length'
+    )
   layout = pipeline.layout_of(model.card.kind, length, encoder_length, batch_lib.pad(), made.vocab)
   found, lost = [], []
   for one in comparisons:
@@ -278,7 +295,7 @@ def _source(
           batch_lib.put(part, layout, i, 1, 0, 0, value)
         else:
           arrays[name][i] = value
-    return arrays
+    return arrays if trim is None else _trimmed(arrays, names, trim, length)
 
   return _over(model, made, found, write, batch, length, encoder_length, *rest)
 
@@ -306,6 +323,16 @@ def _over(
     lambda j: block(*order(j)),
     lambda: (block(*units) for units in pipeline.one_pass(opened)),
   )
+
+
+def _trimmed(
+  arrays: dict[str, np.ndarray], names: Sequence[str], multiple: int, length: int
+) -> dict[str, np.ndarray]:
+  """The decoder's arrays without the slots that nobody uses, but for a multiple."""
+  used = max(int((arrays[_key(side, 'segments')] > 0).sum(1).max()) for side in names)
+  size = min(length, -(-max(used, 1) // multiple) * multiple)
+  ours = lambda name, x: x.ndim == 2 and x.shape[1] == length and 'encoder/' not in name
+  return {name: x[:, :size] if ours(name, x) else x for name, x in arrays.items()}
 
 
 def _pairs(one: Pair | Ranking) -> list[Pair]:

@@ -5,6 +5,7 @@ import json
 import numpy as np
 import pytest
 
+from llm_jax.core.errors import UserError
 from llm_jax.data import pairs, preferences, vocab
 from tests.data.conftest import model, says
 
@@ -55,6 +56,20 @@ def test_both_sides_of_a_pair_lie_in_one_row(path):
       assert part['inputs'][0] == 0 and (part['inputs'][1:n] == part['targets'][: n - 1]).all()
       assert part['targets'][n - 1] == words().eos and part['weights'][n - 1] == 1
       assert (part['positions'][:n] == np.arange(n)).all() and not part['targets'][n:].any()
+
+
+def test_trimmed_batches_lose_padding_alone(path):
+  told = dict(data=data(path), batch=4, length=240, shuffle=False)
+  whole, short = (pairs.pairs(model(), **told, trim=trim).once() for trim in (None, 32))
+  for a, b in zip(whole, short, strict=True):
+    size = b['chosen/inputs'].shape[1]
+    used = max(int(a[f'{side}/segments'].sum(1).max()) for side in ('chosen', 'rejected'))
+    assert size % 32 == 0 and size - 32 < used <= size < 240
+    for name, x in a.items():
+      assert not x.ndim > 1 or not x[:, size:].any() or name.endswith('positions')
+      np.testing.assert_array_equal(b[name], x[:, :size] if x.ndim > 1 else x)
+  with pytest.raises(UserError, match='several processes'):
+    pairs.pairs(model(), **told, trim=32, process_index=0, process_count=2)
 
 
 def test_encoder_decoder_pairs_have_the_prompt_in_the_encoder(path):
