@@ -8,7 +8,7 @@ Differs from configs/pretrain/lm.py in the data (the bundled harmless pairs of H
 a quarter of the prompts held out; the two thirds that are longer than 128 tokens are left out), in the objective with
 its reference (the run that the model begins with), and in AdamW with a small rate. Logged: heldout/accuracy, the
 share of held-out pairs in the right order. The reference is at 0.5 by definition; expect 0.625 of 176 pairs (95 %
-interval 0.55 to 0.69) after 66 steps, about 25 minutes on two CPU cores. Name a tuned run with :run=runs/sft; `:tiny`
+interval 0.55 to 0.69) after 66 steps of 20 s on two CPU cores. Name a tuned run with :run=runs/sft; `:tiny`
 is a small model of bytes from scratch on polite and impolite answers: held-out accuracy 0.86 of 97 pairs after its 60
 steps.
 """

@@ -25,6 +25,6 @@ def get_config(text=None):
     c.init.only = '^(?!scalar)'  # the head begins afresh
   source = lambda **kw: use(pairs.pairs, **dpo.data(arg), **kw)
   c = dpo.finish(c, source, use(reward.bradley_terry, centre=0.01))
-  with c.unlocked():
-    c.hooks.calibration = use(heldout.calibration, source=c.hooks.heldout.source, every=c.steps)
+  held = c.hooks.heldout
+  c.hooks.heldout = use(heldout.calibration, source=held.source, every=held.every)
   return c

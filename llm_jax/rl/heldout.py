@@ -78,8 +78,8 @@ def calibration(
 ) -> Hook:
   """How often a reward model prefers what people prefer, and whether it is as sure as it is right; draws it.
 
-  Every `every` steps and at the last, one pass over the pairs of `source(run.model).once()`. Writes NAME/right, the
-  share of pairs in the right order, and NAME/calibration_error; draws NAME_calibration.png.
+  Every `every` steps and at the last, one pass over the pairs of `source(run.model).once()`. Writes NAME/accuracy,
+  the share of pairs in the right order, and NAME/calibration_error; draws NAME_calibration.png.
   """
   if every < 1 or bins < 1:
     raise UserError(f'heldout.calibration: every={every} and bins={bins} must be at least 1')
@@ -100,7 +100,7 @@ def calibration(
       right = float((margins > 0).sum() + 0.5 * (margins == 0).sum())
       low, high = preferences.wilson(right, len(margins))
       error = preferences.calibration_error(margins, bins=bins)
-      values = dict(right=right / len(margins), calibration_error=error)
+      values = dict(accuracy=right / len(margins), calibration_error=error)
       run.writer.write(step, {f'{name}/{key}': value for key, value in values.items()})
       if jax.process_index() == 0:
         path = os.path.join(run.workdir, f'{name}_calibration.png')

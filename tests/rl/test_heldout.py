@@ -65,7 +65,7 @@ def test_calibration_is_that_of_the_margins(tmp_path):
           values.append(float(scalar.read(params, x)[0, last]))
         margins.append(values[0] - values[1])
   assert len(margins) == 6
-  np.testing.assert_allclose(writer.values['heldout/right'], np.mean(np.array(margins) > 0))
+  np.testing.assert_allclose(writer.values['heldout/accuracy'], np.mean(np.array(margins) > 0))
   error = preferences.calibration_error(margins, bins=3)
   np.testing.assert_allclose(writer.values['heldout/calibration_error'], error, atol=1e-5)
   assert 'of 6 pairs' in writer.said[0]
