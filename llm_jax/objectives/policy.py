@@ -279,9 +279,8 @@ def _read(model: Any, params: Any, batch: Batch, chunk: int | None, temperature:
   tokens = batch['weights'].astype(jnp.float32)
   now = sequence.tokens(model, params, batch, chunk=chunk, temperature=temperature)
   old = batch['old_logp']
-  if (
-    'fresh' in batch
-  ):  # the policy that wrote is this one: what another program made of it differs in the last bits
+  if 'fresh' in batch:
+    # Written by this very policy: what another program made of it differs in the last bits.
     old = jnp.where(batch['fresh'][:, None] > 0, jax.lax.stop_gradient(now.logp), old)
   return _Now(*now, tokens, tokens / jnp.maximum(tokens.sum(-1, keepdims=True), 1e-9), old)
 
