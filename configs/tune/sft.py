@@ -2,14 +2,14 @@ r"""Supervised fine-tuning: a trained causal model learns to follow instructions
 
   make smollm2
   llm-jax train --config=configs/tune/sft.py --workdir=runs/sft
-  llm-jax train --config=configs/tune/sft.py:tiny,steps=150 --workdir=runs/sft-tiny
+  llm-jax train --config=configs/tune/sft.py:tiny,steps=300 --workdir=runs/sft-tiny
   llm-jax generate --workdir=runs/sft-tiny --chat --prompt="Name three primary colors."
 
 Differs from configs/pretrain/lm.py in the data (1,100 bundled instructions as conversations in the model's own chat
 template, the loss on answers alone, a tenth of the prompts held out), in where weights and vocabulary come from (a run
 that was converted or trained before), and in the recipe of Alpaca: AdamW at 2e-5, a cosine with 3 % warm-up, no decay.
-`tiny` is a small model from scratch in Alpaca's template, for a first look: of 150 steps the
-first 100 take its held-out loss from 6.9 to 4.43 nats per token. With SmolLM2, 5 steps of 4 rows take that
+`tiny` is a small model from scratch in Alpaca's template, for a first look: 300 steps take its held-out loss from 6.9
+to 3.70 nats per token in two and a half minutes on two CPU cores. With SmolLM2, 5 steps of 4 rows take that
 of two held-out batches from 1.07 (after the first) to 0.94. For data of your own:
 --config.source.task.sets[0]=llm_jax.data.examples:conversations and --config.source.task.sets[0].path=FILE.
 """
