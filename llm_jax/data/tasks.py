@@ -65,6 +65,31 @@ def tiny_shakespeare(*, vocab: Callable | None = vocab_lib.sentencepiece) -> Tas
   return text(train=(path,), heldout=0.1, vocab=vocab, name='tiny_shakespeare')
 
 
+DOMAINS = dict(
+  books=(
+    'alice_in_wonderland.txt.gz',
+    'frankenstein.txt.gz',
+    'moby_dick.txt.gz',
+    'pride_and_prejudice.txt.gz',
+  ),
+  stories=('tiny_stories.txt.gz',),
+  wikipedia=('wiki.test.raw.gz', 'wiki.valid.raw.gz'),
+)
+
+
+def domain(*, name: str, vocab: Callable | None = vocab_lib.sentencepiece) -> Task:
+  """A kind of real text that is bundled: `books` (four novels, 2.5 MB), `wikipedia` (WikiText-2's validation and test
+  files, 2.4 MB) or `stories` (TinyStories, 0.9 MB), to mix and to learn scaling laws from.
+
+  The last 10 % of the characters of every file are held out; files are drawn in proportion to their bytes.
+  """
+  if name not in DOMAINS:
+    raise UserError(f'no domain {name!r}; {nearest(name, DOMAINS)}')
+  paths = [os.path.join(_BUNDLED, name, file) for file in DOMAINS[name]]
+  corpora = tuple(corpus_lib.text(name, (path,), 0.1, corpus_lib.whole_file) for path in paths)
+  return _task(name, corpora, tuple(float(len(corpus_lib.content(p))) for p in paths), vocab)
+
+
 def tfds(
   *,
   name: str,

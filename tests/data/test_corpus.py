@@ -61,6 +61,23 @@ def test_held_out_files_globs_and_gzip(tmp_path):
   assert texts(task) == ['text 0', 'text 1', 'text 2'] and texts(task, 'validation') == ['held out']
 
 
+@pytest.mark.parametrize(('name', 'files'), tasks.DOMAINS.items())
+def test_domains_hold_out_the_end_of_every_file(name, files):
+  task = tasks.domain(name=name, vocab=BYTES)
+  folder = os.path.join(os.path.dirname(tasks.__file__), 'bundled', name)
+  for one, rate, file in zip(task.corpora, task.rates, files, strict=True):
+    text = gzip.open(os.path.join(folder, file)).read().decode()
+    (train,), (held,) = one.texts('train'), one.texts('validation')
+    assert (
+      train + held == text and len(train) == int(0.9 * len(text)) and rate == len(text.encode())
+    )
+  assert {f for f in os.listdir(folder) if f.endswith('.gz')} == set(files)
+
+
+def test_domain_that_does_not_exist():
+  says('did you mean stories', lambda: tasks.domain(name='storys', vocab=BYTES))
+
+
 def test_jsonl(tmp_path):
   lines = [json.dumps(dict(body=f'doc {i}\n')) for i in range(10)]
   task = tasks.jsonl(
