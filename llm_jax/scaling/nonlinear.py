@@ -25,7 +25,7 @@ def sigmoid(
 ) -> laws.Sigmoid:
   """accuracy = low + (high - low) / (1 + exp(slope (loss - middle))) by least squares, both within [0, 1].
 
-  low, high: held where known, such as one over the number of choices. The loss may be bits per byte; the slope comes out
+  low, high: held where known, such as one over the number of choices. The loss may be bits per byte; the slope is
   positive where a lower loss is better.
   """
   x, y = np.asarray(loss, np.float64), np.asarray(accuracy, np.float64)
