@@ -150,6 +150,4 @@ def moved(run: Run, peak: float, params: Any, batches: Any, layers: int) -> dict
 def slopes(sizes: Sequence[int], rows: Sequence[Mapping[str, float]]) -> dict[str, float]:
   """The exponents of power laws in the size through what `moved` found, by name."""
   x = np.log(np.asarray(sizes, float))
-  return {
-    name: float(np.polyfit(x, np.log([row[name] for row in rows]), 1)[0]) for name in rows[0]
-  }
+  return {name: float(np.polyfit(x, np.log([row[name] for row in rows]), 1)[0]) for name in rows[0]}

@@ -65,7 +65,10 @@ def tables(told: Mapping[str, Any]) -> str:
     lines.append(
       f'| {NAMES[name]} | {" | ".join(cells)} | {moves["rate"]:+.0f} ({moves["vertex"]:+.2f}) |'
     )
-  lines += ['', '| best held-out loss, nats per byte | ' + ' | '.join(f'{w} wide' for w in s['widths']) + ' |']
+  lines += [
+    '',
+    '| best held-out loss, nats per byte | ' + ' | '.join(f'{w} wide' for w in s['widths']) + ' |',
+  ]
   lines.append('| --- |' + ' --: |' * len(s['widths']))
   for name, found in told['optima'].items():
     cells = [f'{r["loss"]:.3f}' for r in found['widths'].values()]
@@ -102,7 +105,14 @@ def transfer(told: Mapping[str, Any], path: str) -> None:
       panel.vlines(s['rates'], each.min(0), each.max(0), color='0.6', lw=0.8, zorder=0)
       found = told['optima'][name]['widths'][str(width)]
       panel.plot(
-        found['rate'], found['loss'], marker='*', ms=14, mfc='0.75', mec='black', ls='none', zorder=5
+        found['rate'],
+        found['loss'],
+        marker='*',
+        ms=14,
+        mfc='0.75',
+        mec='black',
+        ls='none',
+        zorder=5,
       )
     move = told['optima'][name]['moves']['rate']
     panel.set(
@@ -119,7 +129,9 @@ def coordinates(told: Mapping[str, Any], path: str) -> None:
   """How far the last layer and the logits move, against width and depth."""
   s = told['settings']
   figure, panels = _figure(2, 8.6)
-  for panel, axis, sizes in zip(panels, ('width', 'depth'), (s['widths'], s['depths']), strict=True):
+  for panel, axis, sizes in zip(
+    panels, ('width', 'depth'), (s['widths'], s['depths']), strict=True
+  ):
     kinds = [k for k in told['coordinates'] if k.startswith(axis)]
     for kind, (line, marker, fill) in zip(kinds, LINES, strict=False):
       found = told['coordinates'][kind]

@@ -1,10 +1,11 @@
 r"""Does the best learning rate of a narrow model hold for a wide one? Two parametrisations, four widths, real text.
 
   .venv/bin/python -m experiments.mup.run
+  .venv/bin/python -m experiments.mup.run --seeds=2
   .venv/bin/python -m experiments.mup.run --quick --out=runs/mup
 
-Writes results.json (one entry for every run; what is there already is not run again), transfer.png and
-coordinates.png into its own folder or `--out`, and prints the tables of the README.
+Writes results.json (one entry for every run; what is there already is not run again: a run that was stopped goes on),
+transfer.png and coordinates.png into its own folder or `--out`, and prints the tables of the README.
 """
 
 import argparse
@@ -32,7 +33,7 @@ class Size(NamedTuple):
 
   widths: tuple = (64, 128, 256, 512)
   rates: tuple = (-10, -9, -8, -7, -6, -5, -4)
-  seeds: int = 2
+  seeds: int = 1
   steps: int = 150
   batch: int = 8
   length: int = 64
@@ -122,11 +123,17 @@ def coordinates(size: Size, base: models.Base) -> dict[str, Any]:
   for name, make in models.PARAMETRISATIONS.items():
     rows = [look(make(base, size.layers), width, size.layers) for width in size.widths]
     found[f'width, {name}'] = dict(rows=rows, slopes=models.slopes(size.widths, rows))
-  kinds = {'standard': models.standard, 'alpha 1/2': models.transferred, 'alpha 1': models.transferred}
+  kinds = {
+    'standard': models.standard,
+    'alpha 1/2': models.transferred,
+    'alpha 1': models.transferred,
+  }
   for name, make in kinds.items():
     of = base._replace(alpha=1.0 if name == 'alpha 1' else 0.5)
     rows = [look(make(of, n), base.width, n) for n in size.depths]
-    ends = [dict(last=r[f'layer {n}'], logits=r['logits']) for r, n in zip(rows, size.depths, strict=True)]
+    ends = [
+      dict(last=r[f'layer {n}'], logits=r['logits']) for r, n in zip(rows, size.depths, strict=True)
+    ]
     found[f'depth, {name}'] = dict(rows=ends, slopes=models.slopes(size.depths, ends))
   return found
 
@@ -136,16 +143,18 @@ def main(argv: Sequence[str] | None = None) -> None:
   parser = argparse.ArgumentParser(description=__doc__.partition('\n')[0])
   parser.add_argument('--quick', action='store_true', help='two widths, four updates')
   parser.add_argument('--out', default=os.path.dirname(os.path.abspath(__file__)))
+  parser.add_argument('--seeds', type=int, default=1)
   given = parser.parse_args(argv)
-  size, base = QUICK if given.quick else Size(), models.Base()
+  size, base = (QUICK if given.quick else Size())._replace(seeds=given.seeds), models.Base()
   os.makedirs(given.out, exist_ok=True)
   path = os.path.join(given.out, 'results.json')
   told: dict[str, Any] = dict(settings=json.loads(json.dumps(size._asdict())), runs={})
   if os.path.exists(path):
     with open(path, encoding='utf-8') as f:
       stored = json.load(f)
-    if stored['settings'] == told['settings']:
-      told = stored
+    if stored['settings'] | dict(seeds=size.seeds) != told['settings']:
+      parser.error(f'{path} is of other settings: choose another folder with --out')
+    told = stored | dict(settings=told['settings'])
   with jax.set_mesh(mesh.make(data=1)):
     for _ in learning_rates(size, base, told['runs']):
       write(path, told)

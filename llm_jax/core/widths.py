@@ -2,7 +2,7 @@
 
 Tensor Programs V (Yang et al. 2022, arXiv:2203.03466) sorts weights by which of their dimensions grow with the model.
 Here `base` tells: a mapping from the names of the axes that grow to their sizes in the base model, for instance
-`dict(embed=64, ffn=256, heads=4)`. An axis that it does not name (`vocab`, `positions`, ...) has one size in all models.
+`dict(embed=64, ffn=256, heads=4)`. An axis that it does not name (`vocab`, ...) has one size in all models.
 
 | kind | axes that grow | examples |
 |---|---|---|

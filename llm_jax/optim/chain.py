@@ -105,7 +105,9 @@ def make(
       grads, _ = optax.clip_by_global_norm(clip).update(grads, optax.EmptyState())
     rate = jnp.asarray(schedule(state.count), jnp.float32)
     rates = tree.map_paths(lambda path, _: rate * factors[path], params)
-    steps, rule_state = rule.update(grads, state.rule, params, _scaled(rates, names, params, scaling))
+    steps, rule_state = rule.update(
+      grads, state.rule, params, _scaled(rates, names, params, scaling)
+    )
 
     def change(p: jax.Array, step: jax.Array, rate: jax.Array, names: tuple) -> jax.Array:
       if weight_decay and decayed(names):

@@ -6,10 +6,10 @@ model. A base that names `layers` makes them follow the depth too, for blocks wh
 with `widths.residual_multiplier` of the same alpha.
 
 Weight decay is independent of the width: a step takes away the fraction rate * weight_decay of every parameter,
-whatever its factor. That is what the authors' package does, whose AdamW multiplies the decay by what it divides the rate
-by, and what Wang & Aitchison 2024 (arXiv:2405.13698, section 4) find to transfer. Adam's eps has to stay below the
-gradients, which shrink with width and depth; a global clipping norm is the same at all widths (appendix B.3).
-The gate of a shared expert (`weigh`) has one axis and is taken for a bias; give it a factor by path.
+whatever its factor. That is what the authors' package does, whose AdamW multiplies the decay by what it divides the
+rate by, and what Wang & Aitchison 2024 (arXiv:2405.13698) find to transfer. Adam's eps has to stay below the gradients,
+which shrink with width and depth; a global clipping norm is the same at all widths. The gate of a shared expert
+(`weigh`) has one axis and is taken for a bias; give it a factor by path.
 """
 
 from collections.abc import Mapping

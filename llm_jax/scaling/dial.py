@@ -29,7 +29,7 @@ class Dial(NamedTuple):
 
 
 def width(depth: int, *, aspect: int, head_dim: int) -> int:
-  """aspect * depth, in whole heads: from 20 to 200 the loss hardly depends on it (Kaplan et al. 2020,
+  """aspect * depth, in whole heads: the loss hardly depends on it over a wide range (Kaplan et al. 2020,
   arXiv:2001.08361, figure 5); GPT-3's smallest model has 64, its largest 128 (arXiv:2005.14165, table 2.1)."""
   return head_dim * -(-aspect * depth // head_dim)
 

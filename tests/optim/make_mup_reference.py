@@ -2,9 +2,9 @@
 
   pip install mup==1.0.0 torch && python tests/optim/make_mup_reference.py
 
-For every weight: the ratio of its initial standard deviation to the base model's, the factors of its learning rate under
-MuAdamW and MuSGD, that of rate * weight_decay under MuAdamW, and the multiplier of its layer. The feed-forward is 2
-times as wide, so that fan-in and fan-out differ.
+For every weight: the ratio of its initial standard deviation to the base model's, the factors of its learning rate and
+of rate * weight_decay under MuAdamW and MuSGD, and the multiplier of its layer. The feed-forward is 2 times as wide, so
+that fan-in and fan-out differ.
 """
 
 import json

@@ -62,7 +62,7 @@ def test_every_kind_of_weight_is_the_paper_s(names, ones):
   wide = shape(names, N)
   assert mup.adam(names, wide, base=BASE) == N**adam
   assert mup.sgd(names, wide, base=BASE) == N**sgd
-  if KINDS[names] != 'input' or len(names) == 2 and 'layers' not in names:  # has a role
+  if KINDS[names] != 'input' or (len(names) == 2 and 'layers' not in names):  # has a role
     std = [
       deviation(init.mup('key', s, names, s[-1], 4, base=BASE, recipe=init.gpt2), s)
       for s in (shape(names, 1), wide)
