@@ -9,13 +9,16 @@ LINES = (('-', 'o', 'white'), ('--', 's', 'white'), ('-.', '^', 'black'), (':', 
 NAMES = {'standard': 'standard parametrisation', 'muP': 'muP'}
 
 
+def key(name: str, width: int, rate: int, seed: int) -> str:
+  """What a run is called in results.json."""
+  return f'{name} width {width} rate {rate} seed {seed}'
+
+
 def losses(told: Mapping[str, Any], name: str, width: int) -> np.ndarray:
-  """Held-out nats per byte [seeds, rates]."""
-  s = told['settings']
-  key = lambda rate, seed: f'{name} width {width} rate {rate} seed {seed}'
-  return np.array(
-    [[told['runs'][key(r, seed)]['heldout'] for r in s['rates']] for seed in range(s['seeds'])]
-  )
+  """Held-out nats per byte [seeds, rates], nan where nothing was run."""
+  s, runs = told['settings'], told['runs']
+  one = lambda rate, seed: runs.get(key(name, width, rate, seed), {}).get('heldout', np.nan)
+  return np.array([[one(r, seed) for r in s['rates']] for seed in range(s['seeds'])])
 
 
 def optimum(rates: np.ndarray, loss: np.ndarray) -> tuple[float, float]:
@@ -23,7 +26,7 @@ def optimum(rates: np.ndarray, loss: np.ndarray) -> tuple[float, float]:
 
   At the end of the grid there is no parabola, and both are its end.
   """
-  i = int(np.argmin(loss))
+  i = int(np.nanargmin(loss))
   if not 0 < i < len(rates) - 1:
     return float(rates[i]), float(rates[i])
   below, at, above = loss[i - 1 : i + 2]
@@ -43,7 +46,7 @@ def optima(told: Mapping[str, Any]) -> dict[str, Any]:
       rows[str(width)] = dict(
         rate=rate,
         vertex=round(vertex, 2),
-        loss=round(float(each.mean(0).min()), 4),
+        loss=round(float(np.nanmin(each.mean(0))), 4),
         seeds=[round(optimum(rates, one)[1], 2) for one in each],
       )
     first, last = (rows[str(w)] for w in (s['widths'][0], s['widths'][-1]))
@@ -101,7 +104,9 @@ def transfer(told: Mapping[str, Any], path: str) -> None:
     for width, (line, marker, fill) in zip(s['widths'], LINES, strict=False):
       each = losses(told, name, width)
       looks = dict(marker=marker, mfc=fill, color='black', ms=5, lw=1.2)
-      panel.plot(s['rates'], each.mean(0), line, label=f'{width} wide', **looks)
+      there = np.isfinite(each.mean(0))
+      x, y = np.array(s['rates'])[there], each.mean(0)[there]
+      panel.plot(x, y, line, label=f'{width} wide', **looks)
       panel.vlines(s['rates'], each.min(0), each.max(0), color='0.6', lw=0.8, zorder=0)
       found = told['optima'][name]['widths'][str(width)]
       panel.plot(

@@ -12,7 +12,7 @@ import argparse
 import json
 import os
 import time
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any, NamedTuple
 
 import jax
@@ -29,10 +29,12 @@ VOCAB = 259  # bytes, padding, end, unknown
 
 
 class Size(NamedTuple):
-  """How much is done. rates: log2 of the peaks; moved: updates before the coordinates are looked at."""
+  """How much is done. rates: log2 of the peaks; bracketed: widths that cost too much to try them all; moved: updates
+  before the coordinates are looked at; at: the rate there, and the first of a bracket."""
 
   widths: tuple = (64, 128, 256, 512)
   rates: tuple = (-10, -9, -8, -7, -6, -5, -4)
+  bracketed: tuple = (512,)
   seeds: int = 1
   steps: int = 150
   batch: int = 8
@@ -65,39 +67,44 @@ def text(size: Size, split: str, number: int, seed: int) -> dict[str, jax.Array]
 
 
 def learning_rates(size: Size, base: models.Base, done: dict[str, Any]) -> Iterator[None]:
-  """Every width at every rate; the loss at the end on text that nobody was trained on. The widest and the rates in the
-  middle come first: a run that is cut short has what says most."""
+  """Every width at every rate, the widest at those that show where its optimum is; what is measured is the loss at the
+  end on text that nobody was trained on."""
   heldout = text(size, 'validation', size.heldout, 0)
   heldout = jax.tree.map(lambda x: x.reshape(-1, x.shape[-1]), heldout)
   for seed in range(size.seeds):
     batches = text(size, 'train', size.steps, seed)
-    for width in reversed(size.widths):
+    for width in reversed(size.widths):  # a run that is cut short has what says most
       for name, make in models.PARAMETRISATIONS.items():
         made = models.build(make(base, size.layers), width, size.layers, VOCAB, size.steps)
         params = score = None
-        for rate in middle_out(size.rates):
-          key, twin = (f'{p} width {width} rate {rate} seed {seed}' for p in (name, 'standard'))
-          if key in done:
-            continue
+        key = lambda rate, name=name, width=width, seed=seed: report.key(name, width, rate, seed)
+        while (rate := wanted(size, width, done, key)) is not None:
+          twin = report.key('standard', width, rate, seed)
           if width == base.width and twin in done:
-            done[key] = done[twin]  # the base model is the same in both
+            done[key(rate)] = done[twin]  # the base model is the same in both
             continue
           if params is None:
             params, score = made.model.init(jax.random.key(seed)), jax.jit(scorer(made.model))
           start = time.perf_counter()
           after, losses = made.train(2.0**rate, params, batches)
-          done[key] = dict(
+          done[key(rate)] = dict(
             heldout=round(float(score(after, heldout)), 4),
             train=round(float(losses[-max(1, size.steps // 10) :].mean()), 4),
             seconds=round(time.perf_counter() - start, 1),
           )
-          print(f'{key}: {done[key]}', flush=True)
+          print(f'{key(rate)}: {done[key(rate)]}', flush=True)
           yield
 
 
-def middle_out(rates: Sequence[int]) -> list[int]:
-  """The rates by their distance from the middle."""
-  return sorted(rates, key=lambda rate: abs(rate - np.mean(rates)))
+def wanted(size: Size, width: int, done: Mapping[str, Any], key: Callable) -> int | None:
+  """The rate to try next: of a bracketed width the missing neighbour of the best so far, None once both are there."""
+  found = {r: done[key(r)]['heldout'] for r in size.rates if key(r) in done}
+  if width not in size.bracketed:
+    return next((r for r in size.rates if r not in found), None)
+  if not found:
+    return size.at
+  best = min(found, key=found.get)
+  return next((r for r in (best - 1, best + 1) if r in size.rates and r not in found), None)
 
 
 def scorer(model: Any) -> Any:

@@ -12,8 +12,8 @@ from llm_jax.scaling import laws
 
 
 class Dial(NamedTuple):
-  """A run. embed, heads, hidden: of the model; parameters: all of them; tokens: to train on; flops: 6 N D, N without the
-  table; batch: in sequences; steps; peak: learning rate; warmup: in steps."""
+  """A run. embed, heads, hidden: of the model; parameters: all of them; tokens: to train on; flops: 6 N D, N without
+  the table; batch: in sequences; steps; peak: learning rate; warmup: in steps."""
 
   depth: int
   embed: int
@@ -30,7 +30,7 @@ class Dial(NamedTuple):
 
 def width(depth: int, *, aspect: int, head_dim: int) -> int:
   """aspect * depth, in whole heads: the loss hardly depends on it over a wide range (Kaplan et al. 2020,
-  arXiv:2001.08361, figure 5); GPT-3's smallest model has 64, its largest 128 (arXiv:2005.14165, table 2.1)."""
+  arXiv:2001.08361, figure 5); GPT-3 has 64 at its smallest and 128 at its largest (arXiv:2005.14165, table 2.1)."""
   return head_dim * -(-aspect * depth // head_dim)
 
 
