@@ -73,16 +73,22 @@ def model(
   return transformer.causal(**sizes, block=layer, head=heads.Untied, init=recipe)
 
 
+class Program(NamedTuple):
+  """What is compiled once for all rates, seeds and parametrisations of a size.
+
+  run(peak, factors, params, batches [steps, ...]) -> (params, losses [steps]); factors: (axis names, shape) -> of the
+  rate. look(params, batch) -> (the residual stream before the first and after every layer, logits).
+  """
+
+  run: Callable
+  look: Callable
+
+
 @functools.cache
 def program(
   width: int, layers: int, vocab: int, multiplier: float, steps: int, rule: Callable = rules.adamw
-) -> Callable:
-  """run(peak, factors, params, batches [steps, ...]) -> (params, losses [steps]), compiled once for all rates, seeds
-  and parametrisations of a size.
-
-  The rate is warmed up over a tenth of the steps and comes down to zero on a line. factors: (axis names, shape) -> of
-  the rate.
-  """
+) -> Program:
+  """A size, trained for `steps`: the rate is warmed up over a tenth of them and comes down to zero on a line."""
   made = model(width, layers, vocab, multiplier)
   objective = functools.partial(language.next_token, made, chunk=None)
   curve = functools.partial(
@@ -104,14 +110,22 @@ def program(
     last, losses = jax.lax.scan(one, first, batches)
     return last.params, losses
 
-  return run
+  looks = depth.exits(tuple(range(layers + 1)))._replace(end=lambda kept, finish: kept)
+
+  @jax.jit
+  def look(params: Any, batch: Any) -> tuple[jax.Array, jax.Array]:
+    found = made.hidden(params, batch, around=looks)
+    return found.aux['around'], made.logits(params, found.x)
+
+  return Program(run, look)
 
 
 class Run(NamedTuple):
-  """A model of one size and parametrisation. train(peak, params, batches) -> (params, losses)."""
+  """A model of one size and parametrisation. train(peak, params, batches) -> (params, losses). look: see `Program`."""
 
   model: Model
   train: Callable
+  look: Callable
 
 
 def build(
@@ -119,7 +133,7 @@ def build(
 ) -> Run:
   """What is trained for `steps`; more: as `program` takes it."""
   made = model(width, layers, vocab, chosen.multiplier, chosen.recipe)
-  run = program(width, layers, vocab, chosen.multiplier, steps, **more)
+  run, look = program(width, layers, vocab, chosen.multiplier, steps, **more)
   shapes = tree.flatten(jax.eval_shape(made.init, jax.random.key(0)))
   names = tree.flatten(made.axes, is_leaf=tree.is_names)
   factors = {
@@ -127,21 +141,14 @@ def build(
     for path, x in shapes.items()
   }
   train = lambda peak, params, batches: run(jnp.float32(peak), factors, params, batches)
-  return Run(made, train)
+  return Run(made, train, look)
 
 
 def moved(run: Run, peak: float, params: Any, batches: Any, layers: int) -> dict[str, float]:
   """How far the coordinates are, after training, from where they began: the mean of |x_t - x_0| over the first batch,
   of the residual stream after every layer and of the logits (the coordinate check, arXiv:2203.03466, appendix D.1)."""
-  looks = depth.exits(tuple(range(layers + 1)))._replace(end=lambda kept, finish: kept)
   batch = jax.tree.map(lambda x: x[0], batches)
-
-  @jax.jit
-  def look(params: Any) -> tuple:
-    found = run.model.hidden(params, batch, around=looks)
-    return found.aux['around'], run.model.logits(params, found.x)
-
-  before, after = look(params), look(run.train(peak, params, batches)[0])
+  before, after = (run.look(p, batch) for p in (params, run.train(peak, params, batches)[0]))
   mean = lambda x, y, axes=None: np.abs(np.asarray(x) - np.asarray(y)).mean(axes)
   told = {f'layer {i}': float(x) for i, x in enumerate(mean(after[0], before[0], (1, 2, 3)))}
   return dict(told, logits=float(mean(after[1], before[1])))

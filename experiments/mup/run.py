@@ -11,7 +11,6 @@ transfer.png and coordinates.png into its own folder or `--out`, and prints the 
 import argparse
 import json
 import os
-import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any, NamedTuple
 
@@ -85,12 +84,10 @@ def learning_rates(size: Size, base: models.Base, done: dict[str, Any]) -> Itera
             continue
           if params is None:
             params, score = made.model.init(jax.random.key(seed)), jax.jit(scorer(made.model))
-          start = time.perf_counter()
           after, losses = made.train(2.0**rate, params, batches)
           done[key(rate)] = dict(
             heldout=round(float(score(after, heldout)), 4),
             train=round(float(losses[-max(1, size.steps // 10) :].mean()), 4),
-            seconds=round(time.perf_counter() - start, 1),
           )
           print(f'{key(rate)}: {done[key(rate)]}', flush=True)
           yield

@@ -48,24 +48,21 @@ def exponents(make, sizes, of, rate=2.0**-6):
   return models.slopes(sizes, rows)
 
 
-def check_widths(sizes):
-  base = models.Base()
+@pytest.mark.slow
+def test_coordinates_move_alike_at_four_widths():
+  sizes, base = (32, 64, 128, 256), models.Base()
   found = {
     name: exponents(lambda n, make=make: make(base, n), sizes, lambda w: (w, 2))
     for name, make in models.PARAMETRISATIONS.items()
   }
-  assert abs(found['muP']['last']) < 0.12, found
-  assert found['standard']['last'] > 0.5 and found['standard']['logits'] > 0.2, found
-  assert -0.45 < found['muP']['logits'] < 0.1, found  # the initial ones fade as 1/sqrt(width)
+  check(found['muP'], found['standard'])
 
 
-def test_coordinates_move_alike_at_two_widths():
-  check_widths((64, 256))
-
-
-@pytest.mark.slow
-def test_coordinates_move_alike_at_four_widths():
-  check_widths((32, 64, 128, 256))
+def check(transferred, standard):
+  """Exponents in the width: of muP near 0, but that the logits it begins with fade as 1/sqrt(width)."""
+  assert abs(transferred['last']) < 0.12 and standard['last'] > 0.5, (transferred, standard)
+  assert -0.45 < transferred['logits'] < 0.1, transferred
+  assert standard['logits'] > 0.2, standard
 
 
 @pytest.mark.slow
@@ -87,6 +84,8 @@ def test_the_shipped_optima_are_those_of_its_runs_and_hold():
   moves = {name: found['moves']['rate'] for name, found in told['optima'].items()}
   assert told['settings']['widths'][::3] == [64, 512]
   assert abs(moves['muP']) <= 1 and moves['standard'] <= -2
+  wide, standard = (told['coordinates'][f'width, {name}']['slopes'] for name in ('muP', 'standard'))
+  check(*(dict(last=s['layer 2'], logits=s['logits']) for s in (wide, standard)))
   readme = SHIPPED.with_name('README.md').read_text()
   assert report.tables(told) in readme
 

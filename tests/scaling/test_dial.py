@@ -78,6 +78,7 @@ def test_other_ratios():
     dial.turn(0, vocab=1024, length=256)
 
 
+@pytest.mark.slow
 def test_depth_4_trains(monkeypatch):
   """The config as the command line builds it, the sequences few and short; initial values from numpy."""
   draw = np.random.default_rng(0).standard_normal
