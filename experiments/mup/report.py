@@ -113,19 +113,22 @@ def transfer(told: Mapping[str, Any], path: str) -> None:
         found['rate'],
         found['loss'],
         marker='*',
-        ms=14,
+        ms=13,
         mfc='0.75',
         mec='black',
         ls='none',
         zorder=5,
       )
-    move = told['optima'][name]['moves']['rate']
-    panel.set(
-      title=f'{title}: the optimum moves by 2^{move:.0f}', xlabel='peak learning rate, log2'
+    ends = [
+      told['optima'][name]['widths'][str(w)]['rate'] for w in (s['widths'][0], s['widths'][-1])
+    ]
+    panel.set_title(
+      f'{title}\nbest rate {" to ".join(f"$2^{{{e:.0f}}}$" for e in ends)}', fontsize=11
     )
+    panel.set_xlabel('peak learning rate, log2')
     panel.set_xticks(s['rates'])
   panels[0].set_ylabel('held-out loss, nats per byte')
-  panels[0].set_ylim(best - 0.05, best + 1.2)
+  panels[0].set_ylim(best - 0.05, best + 0.7)
   panels[1].legend(frameon=False, fontsize=9, handlelength=3, loc='upper center')
   figure.savefig(path, dpi=110)
 
@@ -149,7 +152,11 @@ def coordinates(told: Mapping[str, Any], path: str) -> None:
         panel.plot(sizes, [row[key] for row in found['rows']], line, **looks)
     panel.set(xscale='log', yscale='log', xlabel={'width': 'width', 'depth': 'layers'}[axis])
     panel.set_xticks(sizes, sizes)
+    panel.set_yticks((1, 2, 5, 10, 20, 50), (1, 2, 5, 10, 20, 50))
     panel.minorticks_off()
     panel.legend(frameon=False, fontsize=8, handlelength=3)
+  rows = [row for found in told['coordinates'].values() for row in found['rows']]
+  top = max(max(row.values()) for row in rows)
+  panels[0].set_ylim(1, 1.2 * top)
   panels[0].set_ylabel(f'mean |change| of a coordinate after {s["moved"]} updates')
   figure.savefig(path, dpi=110)
