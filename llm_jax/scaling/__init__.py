@@ -1,0 +1,1 @@
+"""Scaling laws: many small runs, what they say about a large one."""
