@@ -1,1 +1,1 @@
-"""Scaling laws: many small runs, what they say about a large one."""
+"""Scaling laws: what a loss will be before there is a model, what a run costs, and fits of the one from the other."""
