@@ -357,6 +357,13 @@ def rounding(law: Rounded, parameters: ArrayLike, tokens: ArrayLike, bits: Array
   return law.scale * n * d * np.exp(-_f64(bits) / law.bits)
 
 
+def low_precision(
+  parameters: ArrayLike, bits: ArrayLike, *, sensitivity: float = 2.6745
+) -> np.ndarray:
+  """N (1 - exp(-P / gamma)): what parameters count as that are *trained* in P bits (Kumar et al., eq. 3, table 2)."""
+  return _f64(parameters) * -np.expm1(-_f64(bits) / sensitivity)
+
+
 def best_bits(
   loss: Callable[[float, float], float], total_bits: float, choices: tuple = (3, 4, 8, 16)
 ) -> tuple[int, float]:

@@ -78,7 +78,7 @@ def resampled(
   """theta [trials, theta] with the points taken `counts` [trials, points] times, all trials at once from `start`."""
   columns, back = _whitened(columns)
   first = np.tile(np.linalg.solve(back, start), (len(counts), 1))
-  return _newton(columns, target, first, counts, delta, iterations)[0] @ back.T
+  return _newton(columns, target, first, counts, delta, iterations, 1e-9)[0] @ back.T
 
 
 def predict(columns: np.ndarray, theta: np.ndarray) -> np.ndarray:
@@ -127,8 +127,11 @@ def _newton(
   counts: np.ndarray,
   delta: float,
   iterations: int,
+  tolerance: float = 1e-13,
 ) -> tuple[np.ndarray, np.ndarray]:
   """Damped Newton steps from theta [trials, theta], each trial with its own damping; returns theta and the sums.
+
+  A trial ends when a step changes its sum by less than `tolerance` of it.
 
   Added to the Hessian is `damping` times that of iteratively reweighted least squares, which bounds the Huber loss from
   above: with much of it a step always descends, with little of it the steps are Newton's and converge quadratically.
@@ -150,7 +153,7 @@ def _newton(
       old[moved] = fresh[better]
     damping[active] = np.clip(damping[active] * np.where(better, 0.2, 8), 1e-10, 1e10)
     gain = now.value - new.value
-    done = np.abs(gain) <= 1e-13 * now.value
+    done = np.abs(gain) <= tolerance * now.value
     active = active[~(done | (damping[active] >= 1e10))]
     if not len(active):
       break
