@@ -23,8 +23,6 @@ from llm_jax.core.errors import UserError
 from llm_jax.scaling import sweep, workers
 from llm_jax.train import report
 
-CONFIG = 'sweep.json'  # which config the folder is of, for llm-jax fit
-
 
 def main(argv: list[str]) -> int:
   """Runs the command; returns the exit code."""
@@ -33,7 +31,7 @@ def main(argv: list[str]) -> int:
   cells = read_sweep(ours).cells
   folder = report.open_workdir(given.workdir)
   sweep.publish(folder)
-  sweep.write(os.path.join(folder, CONFIG), json.dumps(ours))
+  sweep.write(os.path.join(folder, sweep.CONFIG), json.dumps(ours))
   if given.list:
     return _list(folder, cells)
   if given.worker:  # one of --workers

@@ -24,6 +24,7 @@ from llm_jax.core.errors import UserError
 from llm_jax.model import count
 
 TABLE = 'results.jsonl'
+CONFIG = 'sweep.json'  # the arguments that named the config of the sweep
 HELDOUT = 'heldout/nats_per_token'
 DEATHS = 3  # a cell whose process has died so often without a word has failed
 _WAIT = 0.5  # seconds between looks at cells that another process trains
@@ -291,7 +292,9 @@ def publish(folder: str) -> str:
   """Makes the table anew of all results there are, least FLOPs first; returns its path."""
   os.makedirs(os.path.join(folder, 'cells'), exist_ok=True)
   with open(os.path.join(folder, 'lock'), 'a', encoding='utf-8') as f:
-    fcntl.flock(f, fcntl.LOCK_EX)  # or the table of one who looked earlier would replace a newer one
+    fcntl.flock(
+      f, fcntl.LOCK_EX
+    )  # or the table of one who looked earlier would replace a newer one
     found = []
     for path in glob.glob(os.path.join(glob.escape(folder), 'cells', '*', 'result.json')):
       found.append(_read(path))
