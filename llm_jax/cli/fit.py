@@ -3,8 +3,9 @@ r"""Scaling laws of a sweep: Chinchilla's three approaches with intervals, their
   llm-jax fit --workdir=runs/isoflop
   llm-jax fit --workdir=runs/isoflop --budget=1e14 --devices=8
 
-Reads DIR/results.jsonl; writes DIR/fit.json, DIR/fit.png and, for a budget (6 N D, in FLOPs), DIR/optimal.json: the config
-of the compute-optimal model, which `llm-jax train` runs. --heldout names the table of runs to compare predictions with.
+Reads DIR/results.jsonl; writes DIR/fit.json, DIR/fit.png and, for a budget (6 N D, in FLOPs), DIR/optimal.json: the
+config of the compute-optimal model, which `llm-jax train` runs. --heldout: the folder of runs that the fit does not see, to
+compare what it says of them with what they became.
 """
 
 import json
@@ -18,6 +19,8 @@ from llm_jax.cli.main import main as command
 from llm_jax.core.config import to_json
 from llm_jax.core.errors import UserError
 from llm_jax.scaling import figures, ladder, sweep
+
+OPTIMAL = 'optimal.json'  # the config of the best model
 
 
 def main(argv: list[str]) -> int:
@@ -85,7 +88,7 @@ def _config(folder: str, ours: list[str]):
 def _write_optimal(folder: str, sized, best: dict) -> None:
   """The config of the optimum, and how to run it."""
   recipe = sized(parameters=best['parameters'], tokens=best['tokens'], devices=best['devices'])
-  path = sweep.write(os.path.join(folder, 'optimal.json'), to_json(recipe))
+  path = sweep.write(os.path.join(folder, OPTIMAL), to_json(recipe))
   print(f'llm-jax train --config={path} --workdir={os.path.join(folder, "optimal")}')
 
 

@@ -1,12 +1,12 @@
-r"""Many trainings that differ in a few arguments, in one folder: here, in several processes, or one by index on a cluster.
+r"""Many trainings that differ in a few arguments, in one folder: in N processes here, or by index on a cluster.
 
   llm-jax sweep --config=configs/scaling/isoflop.py --workdir=runs/isoflop --workers=2
   llm-jax sweep --config=configs/scaling/isoflop.py --workdir=runs/isoflop --list
   llm-jax sweep --config=configs/scaling/isoflop.py --workdir=runs/isoflop --index=$SLURM_ARRAY_TASK_ID
 
-What is done stays done, what was killed goes on from its checkpoint, and any number of these commands may share a folder.
-Every cell is trained by what `llm-jax train` calls; --config.KEY=VALUE is set in all of them. DIR/results.jsonl has a line
-for each cell that is done. The exit code is 1 where one failed.
+What is done stays done, what was killed goes on from its checkpoint, and any number of these commands may share a
+folder. Every cell is trained by what `llm-jax train` calls; --config.KEY=VALUE is set in all of them. DIR/results.jsonl
+has a line for each cell that is done. The exit code is 1 where one failed.
 """
 
 import json

@@ -36,7 +36,7 @@ def main(argv: list[str]) -> int:
 
 
 def run(cfg: Any, workdir: str) -> int:
-  """Trains what the config describes, in a folder that exists; returns the exit code. Sweeps run their cells with it."""
+  """Trains what the config describes in a folder that exists; returns the exit code. Sweeps call it too."""
   with jax.set_mesh(mesh.make(**cfg.mesh)), mesh.rules(**cfg.axes):
     model = build(cfg.model)()  # pure functions: init, hidden, logits, states, axes
     source = build(cfg.source)(model)  # state -> batch

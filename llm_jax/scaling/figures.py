@@ -44,6 +44,7 @@ def draw(
   _frontier(panels[3], found, compute, heldout, optimum)
   for panel, letter in zip(panels, 'abcd', strict=True):
     panel.set_title(f'({letter}) {panel.get_title()}', fontsize=10, loc='left')
+    panel.set_title('')
     panel.grid(alpha=0.25)
     panel.set_axisbelow(True)
     panel.spines[['top', 'right']].set_visible(False)

@@ -19,7 +19,7 @@ _LEAST = 8  # runs, and 3 of a budget
 
 
 class Table(NamedTuple):
-  """A row per run. parameters, tokens, loss, budget: f64 [n], the budget rounded to 3 digits; curves: [k, 2] of each."""
+  """A row per run. parameters, tokens, loss, budget (rounded to 3 digits): f64 [n]; curves: [k, 2] of each."""
 
   parameters: np.ndarray
   tokens: np.ndarray

@@ -1,10 +1,10 @@
 """Sweeps: many trainings that differ in a few arguments, each a cell with a folder of its own.
 
-`DIR/cells/NAME` is what `llm-jax train` makes of the cell's config, with three files of ours: `lock`, held (flock) by the
-process that trains the cell and freed by the system when that dies; `result.json`, the cell's line of the table;
-`failed.json`, why there is none. A cell is done when it has a result, whoever trained it. `DIR/results.jsonl` is made anew
-of all results each time there is one more, so it can hold no cell twice. The folder may be shared by machines if their
-file system passes locks on (NFS does since version 4); where it does not, give every machine an index of its own.
+`DIR/cells/NAME` is what `llm-jax train` makes of the cell's config, with three files of ours: `lock`, held (flock) by
+the process that trains the cell and freed by the system when that dies; `result.json`, the cell's line of the table;
+`failed.json`, why there is none. A cell is done when it has a result, whoever trained it. `DIR/results.jsonl` is made
+anew of all results each time there is one more, so it can hold no cell twice. The folder may be shared by machines if
+their file system passes locks on (NFS does since version 4); where it does not, give every machine its own index.
 """
 
 import contextlib
@@ -148,7 +148,7 @@ def work(
 ) -> None:
   """Trains what is neither done nor failed, each cell by one process alone; returns when nothing is left to do.
 
-  train: (recipe, folder of the cell) -> None, resumes what it finds there. An exception fails the cell and nothing else.
+  train: (recipe, folder of the cell) -> None, resumes what is there. An exception fails the cell alone.
   wait: for cells that another process trains, to take them over if that one dies; else they are left to it.
   """
   while True:

@@ -26,7 +26,7 @@ def rows(folder):
 
 
 def test_killed_in_the_middle_it_goes_on_where_it_was(tmp_path, capsys):
-  told = command(tmp_path, '--config.checkpoint.asynchronous=False')
+  told = command(tmp_path)
   assert main.main([*told, '--index=0']) == 0
   first = os.stat(tmp_path / 'cells/kind=plain,steps=8,seed=0/result.json')
   done = subprocess.run(

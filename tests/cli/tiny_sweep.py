@@ -16,6 +16,7 @@ def make(*, kind, steps, seed):
   c.seed = seed
   with c.unlocked():
     c.hooks = {'heldout': c.hooks.heldout}
+    c.checkpoint.asynchronous = False  # on the disk before a test kills anything
   if kind == 'failing' and seed == 1:
     c.source = use(pipeline.make, task=c.source.task, batch=4, length=16, split='nowhere')
   return c

@@ -36,7 +36,10 @@ def train(recipe, where, losses=(5.0, 4.0)):
 def test_every_combination_is_a_cell_with_a_name():
   points = sweep.grid(peak=(1e-3, 0.02), rates=((1, 2), (0.5, 1.5)))
   assert points[1] == dict(peak=1e-3, rates=(0.5, 1.5)) and len(points) == 4
-  assert [sweep.name_of(p) for p in points[1:3]] == ['peak=0.001,rates=0.5-1.5', 'peak=0.02,rates=1-2']
+  assert [sweep.name_of(p) for p in points[1:3]] == [
+    'peak=0.001,rates=0.5-1.5',
+    'peak=0.02,rates=1-2',
+  ]
   make = lambda seed: tiny_sweep.make(kind='plain', steps=8, seed=seed)
   found = sweep.cells(make, sweep.grid(seed=(3, 4)))
   assert [(cell.name, cell.recipe.seed) for cell in found.cells] == [('seed=3', 3), ('seed=4', 4)]
@@ -110,9 +113,7 @@ def test_a_failed_cell_is_told_and_tried_again_only_when_asked(tmp_path):
 
   sweep.work(folder, chosen, fails_first)
   assert [sweep.state(folder, c) for c in chosen] == ['done', 'failed', 'done']
-  assert sweep.failures(folder, chosen) == {
-    chosen[1].name: 'ValueError: the first line, and more'
-  }
+  assert sweep.failures(folder, chosen) == {chosen[1].name: 'ValueError: the first line, and more'}
   sweep.work(folder, chosen, fails_first)
   assert tried == [0, 1, 2]
   assert sweep.forgive(folder, chosen) == 1
