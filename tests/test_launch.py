@@ -1,4 +1,4 @@
-"""The files of launch/, without a cluster: the script runs with stand-ins, the manifests have what their schemas require."""
+"""The files of launch/ without a cluster: the script runs with stand-ins, the manifests have what schemas require."""
 
 import pathlib
 import shlex

@@ -3,10 +3,10 @@ r"""IsoFLOP profiles on real text: budgets x sizes, each trained until the budge
   llm-jax sweep --config=configs/scaling/isoflop.py --workdir=runs/isoflop --workers=2
   llm-jax fit --workdir=runs/isoflop --budget=1e13 --devices=8
 
-Three domains in bytes, equally mixed; a LLaMA of 7 to 270 thousand parameters, wider and deeper together; small batches,
-and AdamW at a rate that falls with the width, and to zero at the end of every run, because only then losses of runs of
-different lengths compare. A budget is 6 N D of all N parameters, which is what laws are fitted to; the table has the exact
-FLOPs beside it. Expected: see experiments/scaling_ladder.
+Three domains in bytes, equally mixed; a LLaMA of 8 to 270 thousand parameters, wider and deeper together; small
+batches, and AdamW at a rate that falls with the width, and to zero at the end of every run, because only then losses of
+runs of different lengths compare. A budget is 6 N D of all N parameters, which is what laws are fitted to; the table
+has the exact FLOPs beside it. Expected: what experiments/scaling_ladder shows.
 """
 
 import math

@@ -3,8 +3,8 @@ r"""Which learning rate for which width. Differs from configs/scaling/isoflop.py
   llm-jax sweep --config=configs/scaling/learning_rates.py --workdir=runs/rates --workers=2
   llm-jax sweep --config=configs/scaling/learning_rates.py:widths=2,rates=3 --workdir=runs/rates --workers=2
 
-Every size gets the same tokens at each rate, the rates a factor of two apart. Expected: RATE / width of isoflop.py is the
-best or next to it; twice and half as much cost 0.03 nats per token.
+Every size gets the same tokens at each rate, the rates a factor of two apart. Expected: RATE / width of isoflop.py is
+the best or next to it; 32 wide, twice and half as much cost 0.03 nats per token each.
 """
 
 from configs.scaling import isoflop

@@ -3,8 +3,9 @@ r"""One size on seven mixtures of three domains. Differs from configs/scaling/is
   llm-jax sweep --config=configs/scaling/mixtures.py --workdir=runs/mixtures --workers=2
   llm-jax sweep --config=configs/scaling/mixtures.py:budget=1e12 --workdir=runs/mixtures --workers=2
 
-The rates are those of DOMAINS in isoflop.py, doubled for one or two of them, or equal. Besides the loss on the equal mixture
-every cell has one for each domain, as `metrics` of its row. Expected: a domain is the better the larger its share.
+The rates are those of DOMAINS in isoflop.py, doubled for one or two of them, or equal. Besides the loss on all
+held-out text every cell has one for each domain, as `metrics` of its row. Expected: the larger the share of a domain,
+the lower its loss.
 """
 
 import copy

@@ -3,8 +3,8 @@ r"""A ladder of small models, its three laws, and the largest run predicted befo
   .venv/bin/python -m experiments.scaling_ladder.run --out=runs/ladder
   .venv/bin/python -m experiments.scaling_ladder.run --quick
 
-Every part of it goes on where it was when it is run again. Writes what this folder ships: results.jsonl, fit.json, fit.png,
-prediction.json (before the last run) and heldout.jsonl (after it).
+Every part of it goes on where it was when it is run again. Writes what this folder ships: results.jsonl, fit.json,
+fit.png, prediction.json (before the last run) and heldout.jsonl (after it).
 """
 
 import json

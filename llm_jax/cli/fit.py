@@ -4,8 +4,8 @@ r"""Scaling laws of a sweep: Chinchilla's three approaches with intervals, their
   llm-jax fit --workdir=runs/isoflop --budget=1e14 --devices=8
 
 Reads DIR/results.jsonl; writes DIR/fit.json, DIR/fit.png and, for a budget (6 N D, in FLOPs), DIR/optimal.json: the
-config of the compute-optimal model, which `llm-jax train` runs. --heldout: the folder of runs that the fit does not see, to
-compare what it says of them with what they became.
+config of the compute-optimal model, which `llm-jax train` runs. --heldout: the folder of runs that the fit does not
+see, to compare what it says of them with what they became.
 """
 
 import json

@@ -92,7 +92,7 @@ def test_many_workers_train_every_cell_once(tmp_path):
     thread.start()
   for thread in threads:
     thread.join()
-  assert ran == {seed: 1 for seed in range(6)}
+  assert ran == dict.fromkeys(range(6), 1)
   names = [row['cell'] for row in sweep.results(str(tmp_path))]
   assert sorted(names) == sorted(cell.name for cell in chosen)
   sweep.work(str(tmp_path), chosen, slow)
