@@ -47,10 +47,10 @@ def minimise(
   columns, back = _whitened(columns)
   flat = columns.reshape(-1, columns.shape[-1])
   starts = np.linalg.solve(back, starts.T).T
-  order = np.argsort([_scalar(flat, target, delta, start)[0] for start in starts], kind='stable')
+  order = np.argsort([objective(flat, target, delta, start)[0] for start in starts], kind='stable')
   ends = [
     optimize.minimize(
-      functools.partial(_scalar, flat, target, delta),
+      functools.partial(objective, flat, target, delta),
       start,
       jac=True,
       method='L-BFGS-B',
@@ -107,7 +107,7 @@ def _evaluate(
   return _State(residual, share / total[:, None], (counts * bent * (size - bent / 2)).sum(1))
 
 
-def _scalar(
+def objective(
   flat: np.ndarray, target: np.ndarray, delta: float, theta: np.ndarray
 ) -> tuple[float, np.ndarray]:
   """The objective at one theta and its gradient; flat: columns as [terms * points, theta]."""

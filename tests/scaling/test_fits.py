@@ -104,7 +104,7 @@ def test_gradient_and_hessian_are_those_of_differences():
   numeric = [(slopes(theta + h)[0] - slopes(theta - h)[0])[0] / 2e-6 for h in 1e-6 * np.eye(4)]
   assert np.allclose(hessian[0], numeric, atol=1e-5)
   assert np.all(np.linalg.eigvalsh(bound[0]) > 0)
-  one = sums._scalar(columns.reshape(-1, 4), target, delta, theta)
+  one = sums.objective(columns.reshape(-1, 4), target, delta, theta)
   counts = np.ones((1, 9))
   assert one[0] == pytest.approx(value(theta))
   assert np.allclose(one[1], optimize.approx_fprime(theta, value, 1e-7), atol=1e-5)
