@@ -9,8 +9,6 @@ import time
 import pytest
 import yaml
 
-from llm_jax.cli import flags
-
 ROOT = pathlib.Path(__file__).resolve().parents[1]
 SCRIPT = ROOT / 'launch' / 'sweep.slurm'
 MANIFESTS = sorted(ROOT.glob('launch/*.yaml'))
@@ -74,7 +72,6 @@ def test_the_script_asks_for_one_process_a_cell():
   )
   assert (asked['nodes'], asked['ntasks']) == ('1', '1') and 'requeue' in asked
   assert asked['signal'].startswith('B:TERM@') and asked['array'] == '0-24'
-  assert len(flags.read_sweep([f'--config={ROOT}/configs/scaling/isoflop.py']).cells) == 25
 
 
 @pytest.mark.parametrize('path', MANIFESTS, ids=lambda p: p.name)

@@ -9,6 +9,7 @@ runs of different lengths compare. A budget is 6 N D of all N parameters, which 
 has the exact FLOPs beside it. Expected: what experiments/scaling_ladder shows.
 """
 
+import functools
 import math
 
 from configs.pretrain import lm
@@ -69,6 +70,7 @@ def optimal(*, parameters, tokens, devices=1):
   )
 
 
+@functools.cache
 def size(width, layers):
   """All parameters of a shape."""
   return count.total(build(model(width, layers))().card)

@@ -94,7 +94,7 @@ def test_the_command_writes_numbers_figure_and_config(tmp_path, capsys):
   largest['loss'] = float(laws.chinchilla(TRUTH, 4e5, 2.5e6))
   table(tmp_path / 'held', [largest])
   told = ['--budget=6e12', '--devices=4', '--trials=30', f'--heldout={tmp_path}/held']
-  assert main.main(['fit', str(tmp_path), '--config=configs/scaling/isoflop.py', *told]) == 0
+  assert main.main(['fit', str(tmp_path), '--config=configs/scaling/isoflop.py:budgets=1,sizes=1', *told]) == 0
   out = capsys.readouterr().out
   assert 'the intervals of a overlap' in out and 'was predicted, ' in out
   assert f'llm-jax train --config={tmp_path}/optimal.json' in out
