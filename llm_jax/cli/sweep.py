@@ -50,7 +50,11 @@ def main(argv: list[str]) -> int:
     failed = sweep.failures(folder, chosen)
   else:
     again = [sys.executable, '-m', 'llm_jax.cli.sweep', f'--workdir={folder}', '--worker', *ours]
-    failed = workers.run(folder, chosen, again, count=given.workers)
+    try:
+      failed = workers.run(folder, chosen, again, count=given.workers)
+    except KeyboardInterrupt:
+      print('stopped, with its state saved: the same command goes on', file=sys.stderr)
+      return 130
   return _report(folder, chosen, failed)
 
 

@@ -10,6 +10,7 @@ import time
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
+from llm_jax.core.errors import UserError
 from llm_jax.scaling import sweep
 
 _LOOK, _SAY = 0.2, 30.0  # seconds between looks at the workers, and between lines
@@ -23,12 +24,17 @@ def run(
   A process that dies is replaced, so its cell goes on from its last checkpoint. The cores are shared out among the
   processes. SIGTERM and Ctrl-C stop all of them with their state saved. Returns the errors of the failed cells.
   """
-  progress = Progress(folder, cells)
+  progress, left = Progress(folder, cells), sweep.DEATHS * len(cells)
   with _processes(folder, command, count) as (running, start):
     while any(sweep.ended(folder, cell) is None for cell in cells):
       time.sleep(_LOOK)
       for i, process in enumerate(running):
-        if process.poll() is not None:
+        if process.poll():  # one that ends with 0 has seen all cells end
+          left -= 1
+          if 0 < process.returncode < 128 or not left:  # not by a signal, or far too often
+            raise UserError(
+              f'a process of the sweep ended with {process.returncode}: see {folder}/workers.log'
+            )
           running[i] = start(i)
       progress.look()
   progress.look(last=True)
