@@ -7,13 +7,11 @@ Every part of it goes on where it was when it is run again. Writes what this fol
 fit.png, prediction.json (before the last run) and heldout.jsonl (after it).
 """
 
+import argparse
 import json
 import os
 import shutil
-import sys
 import time
-
-from absl import app, flags
 
 from llm_jax.cli import fit as fit_command
 from llm_jax.cli import main as commands
@@ -23,25 +21,25 @@ from llm_jax.core.errors import UserError
 from llm_jax.model import count
 from llm_jax.scaling import ladder, sweep, workers
 
-OUT = flags.DEFINE_string('out', 'runs/ladder', 'where everything goes')
-QUICK = flags.DEFINE_bool('quick', False, 'a fiftieth of the budgets, to see it work')
-WORKERS = flags.DEFINE_integer('workers', 2, 'processes')
-BUDGET = flags.DEFINE_float('budget', 6e12, 'FLOPs of the run that is predicted')
 CONFIG = 'configs/scaling/isoflop.py'
+SMALLEST, LARGEST = 1e11, 6e12  # FLOPs of the smallest budget, and of the run that is predicted
 
 
-def main(argv: list[str]) -> None:
+def main() -> None:
   """Runs it."""
-  del argv
-  begin, out = time.perf_counter(), OUT.value
-  scale = 0.02 if QUICK.value else 1.0
-  told = f'--config={CONFIG}:budget={1e11 * scale:g}'
-  _done(commands.main(['sweep', told, f'--workdir={out}', f'--workers={WORKERS.value}']))
-  said = [f'--workdir={out}', f'--budget={BUDGET.value * scale:g}']
-  _done(commands.main(['fit', *said]))
+  parser = argparse.ArgumentParser()
+  parser.add_argument('--out', default='runs/ladder', help='where everything goes')
+  parser.add_argument('--workers', type=int, default=2, help='processes')
+  parser.add_argument('--quick', action='store_true', help='a fiftieth of the budgets')
+  told = parser.parse_args()
+  begin, out, scale = time.perf_counter(), told.out, 0.02 if told.quick else 1.0
+  sweep_config = f'--config={CONFIG}:budget={SMALLEST * scale:g}'
+  _done(['sweep', sweep_config, f'--workdir={out}', f'--workers={told.workers}'])
+  fit = ['fit', f'--workdir={out}', f'--budget={LARGEST * scale:g}']
+  _done(fit)
   cell = announce(out)
   sweep.work(f'{out}/heldout', [cell], workers.logged(train.run))
-  _done(commands.main(['fit', *said, f'--heldout={out}/heldout']))
+  _done([*fit, f'--heldout={out}/heldout'])
   shutil.copy(f'{out}/heldout/{sweep.TABLE}', f'{out}/heldout.jsonl')
   print(f'{time.perf_counter() - begin:.0f} s; {out} holds results.jsonl, fit.json, fit.png')
 
@@ -54,17 +52,17 @@ def announce(out: str) -> sweep.Cell:
   cell = sweep.Cell('largest', dict(parameters=n, tokens=d), recipe)
   path = os.path.join(out, 'prediction.json')
   if not os.path.exists(path):
-    os.makedirs(out, exist_ok=True)
     said = ladder.predict(ladder.fit(ladder.read(sweep.results(out))), n, d)
     when = time.strftime('%Y-%m-%dT%H:%M:%SZ', time.gmtime())
     sweep.write(path, json.dumps(dict(written=when, parameters=n, tokens=d, **said), indent=1))
   return cell
 
 
-def _done(code: int) -> None:
-  if code:
-    raise UserError('stopped here: the same command goes on')
+def _done(words: list[str]) -> None:
+  """Runs a command; an error ends all of it."""
+  if commands.main(words):
+    raise UserError(f'llm-jax {words[0]} stopped here: the same command goes on')
 
 
 if __name__ == '__main__':
-  app.run(main, argv=sys.argv)
+  main()
