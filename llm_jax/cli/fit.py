@@ -59,21 +59,20 @@ def main(argv: list[str]) -> int:
 
 
 def _optimum(found: ladder.Ladder, budget: float, devices: int) -> dict:
-  """The size for a budget by approach 3, beside it those of the others; said too."""
+  """The size for a budget by the approach that extrapolates best, beside it those of the others; said too."""
   if budget <= 0 or devices < 1:
     raise UserError(f'--budget={budget:g} and --devices={devices} have to be above zero')
   print(f'\nthe best for {budget:.3g} FLOPs:')
   sizes = {name: ladder.optimum(one, budget) for name, one in found.estimates.items()}
   for name, one in sizes.items():
-    n, d = one['parameters'], one['tokens']
-    print(
-      f'{figures.LINES[name][0]:14}{n[0]:.3g} parameters ({n[1]:.3g} to {n[2]:.3g}), {d[0]:.3g} tokens'
-    )
-  n, d = sizes['parametric']['parameters'][0], sizes['parametric']['tokens'][0]
-  loss = ladder.predict(found, n, d)['parametric']
-  print(f'with a loss of {loss[0]:.4f} ({loss[1]:.4f} to {loss[2]:.4f}) nats per token')
-  told = dict(budget=budget, devices=devices, parameters=n, tokens=d, loss=loss[0])
-  return told | dict(interval=loss[1:], approaches=sizes)
+    n, d = one['parameters'], one['tokens'][0]
+    text = f'{n[0]:.3g} parameters ({n[1]:.3g} to {n[2]:.3g}), {d:.3g} tokens'
+    print(f'{figures.LINES[name][0]:14}{text}')
+  n = sizes[found.trusted]['parameters'][0]
+  said = ladder.predict(found, n, budget / (6 * n))
+  print(f'with a loss of {said["loss"]:.4f} nats per token by {figures.LINES[said["by"]][0]}')
+  told = dict(budget=budget, devices=devices, parameters=n, tokens=budget / (6 * n))
+  return told | said | dict(approaches=sizes)
 
 
 def _config(folder: str, ours: list[str]):

@@ -160,4 +160,7 @@ def lines(told: Mapping[str, Any], rows: Sequence[Mapping[str, Any]]) -> list[st
   word = 'overlap' if told['agree'] else 'do not overlap'
   found += ['', f'the intervals of a {word}', '', 'L(N, D) = E + A / N^alpha + B / D^beta']
   found += [f'{name:14}{pair(value, ".4g")}' for name, value in told['law'].items()]
+  if told['backtest']:
+    errors = (f'{LINES[name][0]} {error:+.2%}' for name, error in told['backtest'].items())
+    found += ['', f'the largest budget from the smaller ones: {", ".join(errors)}']
   return found

@@ -46,7 +46,10 @@ class Estimate(NamedTuple):
 
 
 class Ladder(NamedTuple):
-  """All three approaches, and what two of them found on the way. lowest: the loss at the optimum against compute."""
+  """All three approaches, and what two of them found on the way.
+
+  lowest: the loss of the best size against compute, by approach 2; back: what `backtest` says.
+  """
 
   estimates: dict[str, Estimate]
   law: laws.Chinchilla
@@ -54,6 +57,12 @@ class Ladder(NamedTuple):
   law_draws: np.ndarray
   parabolas: list[fits.Parabola]
   lowest: laws.Offset | None
+  back: dict[str, float]
+
+  @property
+  def trusted(self) -> str:
+    """The approach that was closest in `backtest`; parametric where there was none."""
+    return min(self.back, key=lambda name: abs(self.back[name]), default='parametric')
 
 
 def read(rows: Sequence[Mapping[str, Any]]) -> Table:
@@ -66,8 +75,8 @@ def read(rows: Sequence[Mapping[str, Any]]) -> Table:
   return Table(n, d, column('loss'), np.array(rounded), curves)
 
 
-def fit(table: Table, *, trials: int = 300, seed: int = 0, delta: float = 1e-3) -> Ladder:
-  """Fits all three. delta: of the Huber loss of approach 3, see `fits.parametric`.
+def fit(table: Table, *, trials: int = 300, seed: int = 0, delta: float = 1e-2) -> Ladder:
+  """Fits all three. delta: of the Huber loss of approach 3, about the scatter of small runs; see `fits.parametric`.
 
   A budget whose runs have no lowest point between them is left out; two have to remain. Raises `UserError` for a table
   that has too few runs, sizes or budgets.
@@ -82,10 +91,35 @@ def fit(table: Table, *, trials: int = 300, seed: int = 0, delta: float = 1e-3) 
     parametric=Estimate(closed(found.law), np.array([_flat(closed(law)) for law in drawn])),
   )
   parabolas = isoflop(table)[0]
-  lowest = None
-  if len(parabolas) > 3:
-    lowest = fits.offset([p.budget for p in parabolas], [p.loss for p in parabolas]).law
-  return Ladder(estimates, found.law, found.objective, drawn, parabolas, lowest)
+  back = backtest(table, parabolas, delta=delta)
+  return Ladder(estimates, found.law, found.objective, drawn, parabolas, _lowest(parabolas), back)
+
+
+def _lowest(parabolas: Sequence[fits.Parabola]) -> laws.Offset | None:
+  """The loss of the best size against compute, through the lowest points; None where they are too few."""
+  if len(parabolas) < 4:
+    return None
+  return fits.offset([p.budget for p in parabolas], [p.loss for p in parabolas]).law
+
+
+def backtest(
+  table: Table, parabolas: Sequence[fits.Parabola], *, delta: float = 1e-2
+) -> dict[str, float]:
+  """How far off each approach would have been at the largest budget, knowing only the smaller ones.
+
+  Relative errors of the predicted loss of the best size. What extrapolates best within a ladder is what to trust
+  beyond it: the parametric law has an irreducible loss that runs far above it hardly know.
+  """
+  last = parabolas[-1]
+  known = table.take(np.flatnonzero(table.budget < last.budget))
+  found = {}
+  if len(known.loss) >= _LEAST:
+    law = fits.parametric(*known[:3], delta=delta).law
+    found['parametric'] = float(laws.optimum(law, last.budget).loss / last.loss - 1)
+  line = _lowest([p for p in parabolas if p.budget < last.budget])
+  if line is not None:
+    found['isoflop'] = float(laws.offset(line, last.budget) / last.loss - 1)
+  return found
 
 
 def _check(table: Table) -> None:
@@ -149,15 +183,19 @@ def optimum(estimate: Estimate, flops: float) -> dict[str, list[float]]:
 
 
 def predict(ladder: Ladder, parameters: float, tokens: float) -> dict[str, Any]:
-  """The loss of a run: by the parametric law with its interval, and by the line through the parabolas' lowest points,
-  which knows only compute and is for runs of the best size."""
+  """The loss of a run: {loss, by, parametric, interval, isoflop}.
+
+  parametric: by the law, with its interval; isoflop: by the line through the lowest points of the parabolas, which
+  knows only compute and is for runs of about the best size. loss: of these two the one of the approach `by`, which
+  `backtest` trusts.
+  """
   value = float(laws.chinchilla(ladder.law, parameters, tokens))
   draws = [laws.chinchilla(laws.Chinchilla(*law), parameters, tokens) for law in ladder.law_draws]
   low, high = fits.interval(np.array(draws)[:, None])[:, 0]
-  told = dict(parametric=[value, float(low), float(high)])
+  said = dict(parametric=value, interval=[float(low), float(high)])
   if ladder.lowest is not None:
-    told['isoflop'] = float(laws.offset(ladder.lowest, 6 * parameters * tokens))
-  return told
+    said['isoflop'] = float(laws.offset(ladder.lowest, 6 * parameters * tokens))
+  return dict(loss=said[ladder.trusted], by=ladder.trusted, **said)
 
 
 def compare(ladder: Ladder, rows: Sequence[Mapping[str, Any]]) -> list[dict[str, Any]]:
@@ -165,11 +203,9 @@ def compare(ladder: Ladder, rows: Sequence[Mapping[str, Any]]) -> list[dict[str,
   found = []
   for row in rows:
     said = predict(ladder, row['parameters'], row['tokens'])
-    value, low, high = said['parametric']
-    one = dict(cell=row['cell'], parameters=row['parameters'], tokens=row['tokens'])
-    one |= dict(loss=row['loss'], predicted=value, interval=[low, high])
-    one |= dict(error=value / row['loss'] - 1)
-    found.append(one | ({'isoflop': said['isoflop']} if 'isoflop' in said else {}))
+    errors = {n: said[n] / row['loss'] - 1 for n in ('parametric', 'isoflop') if n in said}
+    one = {name: row[name] for name in ('cell', 'parameters', 'tokens', 'loss')}
+    found.append(one | dict(predicted=said, error=errors[said['by']], errors=errors))
   return found
 
 
@@ -191,4 +227,6 @@ def told(ladder: Ladder) -> dict[str, Any]:
     objective=ladder.objective,
     parabolas=[p._asdict() for p in ladder.parabolas],
     lowest=ladder.lowest and ladder.lowest._asdict(),
+    backtest=ladder.back,
+    trusted=ladder.trusted,
   )
