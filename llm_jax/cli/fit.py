@@ -49,9 +49,9 @@ def main(argv: list[str]) -> int:
     held = sweep.results(given.heldout)
     heldout, told['heldout'] = ladder.read(held), ladder.compare(found, held)
     for one in told['heldout']:
-      print(
-        f'held out {one["cell"]}: {one["loss"]:.4f} where {one["predicted"]:.4f} was predicted, {one["error"]:+.2%}'
-      )
+      value = one['predicted']['loss']
+      said = f'{one["loss"]:.4f} where {value:.4f} was predicted, {one["error"]:+.2%}'
+      print(f'held out {one["cell"]}: {said}')
   sweep.write(os.path.join(folder, 'fit.json'), json.dumps(told, indent=1))
   path = figures.draw(table, found, os.path.join(folder, 'fit.png'), heldout=heldout, optimum=best)
   print(f'\n{os.path.join(folder, "fit.json")} has the numbers, {path} shows them')
