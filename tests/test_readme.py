@@ -129,7 +129,7 @@ def test_every_command_parses(words, monkeypatch, capsys):
     ours = [a for a in arguments[1:] if a.startswith(('--config=', '--config.'))]
     assert {a.partition('=')[0] for a in arguments[1:] if a not in ours} <= known
     if ours:
-      flags.read_config(ours)
+      (flags.read_sweep if arguments[0] == 'sweep' else flags.read_config)(ours)
   else:
     known = {e.name for e in importlib.metadata.entry_points(group='console_scripts')}
     assert program in known

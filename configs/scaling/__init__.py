@@ -1,1 +1,1 @@
-"""Pre-training recipes. `lm` is the parent; the others differ from it in objective, architecture or size."""
+"""Sweeps: configs that are many configs, for `llm-jax sweep`; and shapes that follow from one number."""

@@ -1,3 +1,3 @@
-"""The commands: `llm-jax train`, `generate`, `serve`, `describe`, `convert`. Each is an absl main that reads flags and
-calls functions.
+"""The commands: `llm-jax train`, `sweep`, `fit`, `generate`, `serve`, `describe`, `convert`. Each is an absl main that
+reads flags and calls functions.
 """

@@ -48,15 +48,37 @@ def parse(argv: list[str], values: flags.FlagValues, usage: str) -> list[str]:
 
 def read_config(arguments: list[str]):
   """The config named by `--config=FILE[:ARGS]` with every `--config.KEY=VALUE` applied, checked as a whole."""
+  path, text, overrides = _config_flags(arguments)
+  cfg = config.read(path, text)
+  if isinstance(cfg, tuple):
+    raise UserError(f'{path} is a sweep of many configs: run it with llm-jax sweep')
+  return _overridden(cfg, overrides)
+
+
+def read_sweep(arguments: list[str]):
+  """The sweep named by `--config=FILE[:ARGS]`; every `--config.KEY=VALUE` is applied to all of its cells."""
+  path, text, overrides = _config_flags(arguments)
+  found = config.read(path, text)
+  if not isinstance(found, tuple):
+    raise UserError(f'{path} is the config of one training: run it with llm-jax train')
+  cells = [cell._replace(recipe=_overridden(cell.recipe, overrides)) for cell in found.cells]
+  return found._replace(cells=tuple(cells))
+
+
+def _config_flags(arguments: list[str]) -> tuple[str, str | None, list[tuple[str, str]]]:
+  """(file, what follows its colon, the overrides as (path, value))."""
   split = [a.lstrip('-').partition('=')[::2] for a in arguments]
   files = [value for name, value in split if name == 'config']
   if len(files) != 1 or not files[0]:
     raise UserError('name one config file: --config=configs/quickstart.py')
   path, _, text = files[0].partition(':')
-  cfg = config.read(path, text or None)
-  for name, value in split:
-    if name != 'config':
-      config.override(cfg, name.removeprefix('config.'), value)
+  overrides = [(n.removeprefix('config.'), value) for n, value in split if n != 'config']
+  return path, text or None, overrides
+
+
+def _overridden(cfg, overrides: list[tuple[str, str]]):
+  for name, value in overrides:
+    config.override(cfg, name, value)
   config.check(cfg)
   return cfg
 

@@ -11,6 +11,8 @@ COMMANDS = dict(
   generate='text from a trained model: --workdir=DIR --prompt=TEXT, or --chat',
   serve="a model behind OpenAI's API, and a page to talk to it: --workdir=DIR",
   describe='sizes, FLOPs and memory of a published model or a config: --model=NAME [--mesh=fsdp=16,tensor=4]',
+  sweep='many trainings, here or on a cluster: --config=FILE.py --workdir=DIR [--workers=N] [--index=K]',
+  fit='scaling laws of a sweep, and the best model for a budget: --workdir=DIR [--budget=FLOPS]',
   convert='weights from elsewhere as a run, or the reverse: --from=gguf --path=FILE --to=DIR',
 )
 

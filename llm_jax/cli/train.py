@@ -9,6 +9,7 @@ The same command resumes from the newest checkpoint in the workdir. A config fil
 
 import functools
 import sys
+from typing import Any
 
 import jax
 from absl import flags
@@ -31,6 +32,11 @@ def main(argv: list[str]) -> int:
   cfg = read_config(parse(argv, given, __doc__))
   workdir = report.open_workdir(given.workdir)
   join_cluster()
+  return run(cfg, workdir)
+
+
+def run(cfg: Any, workdir: str) -> int:
+  """Trains what the config describes in a folder that exists; returns the exit code. Sweeps call it too."""
   with jax.set_mesh(mesh.make(**cfg.mesh)), mesh.rules(**cfg.axes):
     model = build(cfg.model)()  # pure functions: init, hidden, logits, states, axes
     source = build(cfg.source)(model)  # state -> batch

@@ -192,16 +192,21 @@ def isoflop(
   a budget have no lowest point between them.
   """
   c, n, d, y = _f64(budget, parameters, tokens, loss)
-  found = [_parabola(b, n[c == b], d[c == b], y[c == b], nearest) for b in np.unique(c)]
+  found = [parabola(b, n[c == b], d[c == b], y[c == b], nearest) for b in np.unique(c)]
   _enough(len(found), 2, 'a frontier through its budgets')
-  return found, _frontier(
+  return found, frontier(
     [p.budget for p in found], [p.parameters for p in found], [p.tokens for p in found]
   )
 
 
-def _parabola(
-  budget: float, parameters: np.ndarray, tokens: np.ndarray, loss: np.ndarray, nearest: int | None
+def parabola(
+  budget: float,
+  parameters: np.ndarray,
+  tokens: np.ndarray,
+  loss: np.ndarray,
+  nearest: int | None = None,
 ) -> Parabola:
+  """The parabola through the runs of one budget, as `isoflop` fits it to each."""
   x = np.log(parameters)
   keep = np.argsort(np.abs(x - x[np.argmin(loss)]), kind='stable')[:nearest]
   x, d, y = x[keep], np.log(tokens[keep]), loss[keep]
@@ -243,10 +248,11 @@ def envelope(curves: Sequence[tuple], *, budgets: int = 1500) -> laws.Frontier:
       'fewer than two sizes between the smallest and the largest are ever the best: add sizes or train longer'
     )
   c, n = np.exp(grid[inside]), best[inside]
-  return _frontier(c, n, c / (6 * n))
+  return frontier(c, n, c / (6 * n))
 
 
-def _frontier(compute: ArrayLike, parameters: ArrayLike, tokens: ArrayLike) -> laws.Frontier:
+def frontier(compute: ArrayLike, parameters: ArrayLike, tokens: ArrayLike) -> laws.Frontier:
+  """Power laws through the best N and D of several computes, f64 [n] each."""
   return laws.Frontier(power(compute, parameters).law, power(compute, tokens).law)
 
 

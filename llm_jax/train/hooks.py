@@ -42,10 +42,12 @@ def evaluate(
   objective: Callable,
   every: int = 500,
   batches: int | None = None,
+  stride: int = 1,
   name: str = 'heldout',
 ) -> Hook:
   """Every `every` steps, and at the last, one pass over `source(run.model).once()`, or its first `batches`.
 
+  stride: of the pass only every `stride`-th batch, so that a part of all texts is read and not all of the first one.
   objective: (model, params, batch, None) -> Loss. Where it has a metric `nats`, it is of text: that is what counts, not
   a z-loss or smoothing. Writes, with N nats over W targets for B bytes of text (none for sentinels and modes):
 
@@ -54,17 +56,20 @@ def evaluate(
   and the objective's other metrics per target. Of an objective without, such as one of pairs: NAME/loss and its metrics
   per pair, and NAME/count, the number of them. The moving average of the parameters is used where there is one.
   """
-  if every < 1 or (batches is not None and batches < 1):
-    raise UserError(f'evaluate: every={every} and batches={batches} must be at least 1')
+  if every < 1 or stride < 1 or (batches is not None and batches < 1):
+    raise UserError(
+      f'evaluate: every={every}, batches={batches} and stride={stride} must be at least 1'
+    )
   held = source(run.model)
   score = _scorer(run.model, objective, held.vocab)
+  picked = lambda found: itertools.islice(itertools.islice(found, 0, None, stride), batches)
 
   def hook(step: int, state: Any, metrics: Mapping[str, Any]) -> None:
     if step == 0 or (step % every and step != run.steps):
       return
     with run.writer.aside():
       start = time.perf_counter()
-      values = _over(score, state.averaged, itertools.islice(held.once(), batches))
+      values = _over(score, state.averaged, picked(held.once()))
       values['seconds'] = time.perf_counter() - start
       run.writer.write(step, {f'{name}/{key}': value for key, value in values.items()})
       if 'bits_per_byte' in values:

@@ -48,6 +48,18 @@ def die(*ignored):
   os.kill(os.getpid(), signal.SIGKILL)
 
 
+def die_once(run, *, at):
+  """A hook that ends its process at step `at`, unless it has been there before."""
+  mark = os.path.join(run.workdir, 'died')
+
+  def hook(step, state, metrics):
+    if step == at and not os.path.exists(mark):
+      with open(mark, 'w'):
+        die()
+
+  return hook
+
+
 def at_call(number, function, after=False):
   """`function`, the `number`th call of which is the end; after: of this process' part of it."""
   calls = []

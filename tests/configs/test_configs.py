@@ -23,9 +23,13 @@ from llm_jax.train import state as state_lib
 from llm_jax.train import step as step_lib
 
 ROOT = pathlib.Path(__file__).resolve().parents[2]
-FILES = sorted(
+EVERY_FILE = sorted(
   str(p.relative_to(ROOT)) for p in ROOT.glob('configs/**/*.py') if p.name != '__init__.py'
 )
+SWEEPS = [
+  f for f in EVERY_FILE if 'llm-jax sweep' in (ROOT / f).read_text(encoding='utf-8').split('"""')[1]
+]
+FILES = [f for f in EVERY_FILE if f not in SWEEPS]  # one training each
 KEYS = (
   'model source objective optimizer mesh axes steps microbatches trainable init hooks checkpoint log_every seed'
 ).split()
@@ -258,3 +262,38 @@ def test_the_long_stage_takes_the_weights_of_the_short_one():
   ):
     with pytest.raises(UserError, match=message):
       read(file, wrong)
+
+
+@pytest.mark.parametrize('file', SWEEPS)
+def test_a_sweep_is_configs_of_trainings(file):
+  found = re.findall(r'^ *llm-jax sweep (.*)$', docstring(file), re.M)
+  assert any(f'--config={file}' in command for command in found)
+  for command in found:
+    words = shlex.split(command)
+    assert any(w.startswith('--workdir=') for w in words)
+    ours = [w.replace('--config=', f'--config={ROOT}/') for w in words if w.startswith('--config')]
+    cells = flags.read_sweep(ours).cells
+    assert len({cell.name for cell in cells}) == len(cells) > 2
+    if command == found[0] and file == 'configs/scaling/isoflop.py':
+      assert len(cells) == 25  # which the files of launch/ say
+  for cell in (cells[0], cells[-1]):
+    c = cell.recipe
+    assert sorted(c.keys()) == sorted(KEYS)
+    assert config_lib.from_json(config_lib.to_json(c)) == c
+    assert c.optimizer.schedule.steps == c.steps  # the rate is at its end where the loss is taken
+  if file != 'configs/scaling/isoflop.py':
+    assert re.search(r'[Dd]iffers from', docstring(file)), f'{file}: say what it differs from'
+
+
+def test_the_cells_of_a_budget_spend_it():
+  """Within half a step; and the config of an optimum has the size and the tokens it is asked for."""
+  found = flags.read_sweep([f'--config={ROOT}/configs/scaling/isoflop.py:budgets=1,sizes=3'])
+  for cell in found.cells:
+    c = cell.recipe
+    n = count.total(build(c.model)().card)
+    step = 6 * n * c.source.batch * c.source.length
+    assert abs(step * c.steps - cell.arguments['budget']) <= step / 2
+  c = found.optimal(parameters=1e6, tokens=2e7, devices=3)
+  assert abs(count.total(build(c.model)().card) / 1e6 - 1) < 0.1
+  assert c.source.batch % 3 == 0 and c.mesh.data == 3
+  assert abs(c.steps * c.source.batch * c.source.length / 2e7 - 1) < 1e-3

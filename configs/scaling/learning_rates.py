@@ -1,0 +1,29 @@
+r"""Which learning rate for which width. Differs from configs/scaling/isoflop.py in what is swept.
+
+  llm-jax sweep --config=configs/scaling/learning_rates.py --workdir=runs/rates --workers=2
+  llm-jax sweep --config=configs/scaling/learning_rates.py:widths=2,rates=3 --workdir=runs/rates --workers=2
+
+Every size gets the same tokens at each rate, the rates a factor of two apart. Expected: RATE / width of isoflop.py is
+the best or next to it; 32 wide, twice and half as much cost 0.03 nats per token each.
+"""
+
+from configs.scaling import isoflop
+from llm_jax.core.config import variant
+from llm_jax.scaling import sweep
+
+TOKENS = 500_000
+
+
+def get_config(text=None):
+  arg = variant(text, widths=4, rates=5)
+  points = []
+  for width, layers in isoflop.SHAPES[1 :: len(isoflop.SHAPES) // arg.widths][: arg.widths]:
+    for i in range(arg.rates):
+      peak = isoflop.RATE / width * 2.0 ** (i - arg.rates // 2)
+      points.append(dict(width=width, layers=layers, peak=peak))
+  return sweep.cells(cell, points)
+
+
+def cell(*, width, layers, peak):
+  steps = TOKENS // (isoflop.ROWS * isoflop.LENGTH)
+  return isoflop.recipe(width=width, layers=layers, steps=steps, peak=peak)
