@@ -1,0 +1,1 @@
+"""Scaling: laws, sweeps, mixtures of domains and what emerges with size."""
