@@ -36,6 +36,7 @@ setup(
     'pyarrow>=17',
     'pyyaml>=6',
     'safetensors>=0.6',
+    'scipy>=1.15',
     'sentencepiece>=0.2.2',
     'seqio>=0.0.20',
     'tensorboard>=2.20',

@@ -1,1 +1,1 @@
-"""Scaling: laws, sweeps, mixtures of domains and what emerges with size."""
+"""Scaling laws: what a loss will be before there is a model, what a run costs, and fits of the one from the other."""
