@@ -1,4 +1,4 @@
-"""What came out: intervals over seeds, differences between mixtures seed by seed, RegMix's fits, tables and a figure."""
+"""What came out: intervals over seeds, differences seed by seed, RegMix's fits, tables and a figure."""
 
 import json
 import os
@@ -41,8 +41,9 @@ def summarise(
   domains: Sequence[str],
   arms: Sequence[str],
   seeds: int,
+  held: int,
 ) -> dict[str, Any]:
-  """JSON of everything. cells: of `run.Cells`."""
+  """JSON of everything. cells: of `run.Cells`. held: mixtures that RegMix is tested on."""
   alone = np.array([cells[f'large only {name} 0']['loss'][i] for i, name in enumerate(domains)])
   rows, scores = {}, {}
   for arm in arms:
@@ -61,17 +62,26 @@ def summarise(
     alone=alone.tolist(),
     rows=rows,
     differences=differences,
-    doremi={name: one for name, one in cells.items() if name.startswith('doremi')},
-    regmix=regressions([one for name, one in cells.items() if name.startswith('tiny')], domains),
+    doremi=[_thinned(one) for name, one in cells.items() if name.startswith('doremi')],
+    regmix=regressions([x for name, x in cells.items() if name.startswith('tiny')], domains, held),
     cpu_minutes=round(sum(one['cpu'] for one in cells.values()) / 60, 1),
   )
 
 
-def regressions(runs: Sequence[Mapping[str, Any]], domains: Sequence[str], held: int = 8) -> dict:
-  """How well each law predicts mixtures it was not fitted to: Spearman's rank correlation, and the mean error in nats."""
+def _thinned(one: Mapping[str, Any], points: int = 50) -> dict[str, Any]:
+  """A round of DoReMi; of its weights the means of `points` stretches."""
+  trace = np.array(one['trace'])
+  every = max(1, len(trace) // points)
+  means = trace[: len(trace) // every * every].reshape(-1, every, trace.shape[1]).mean(1)
+  kept = {k: one[k] for k in ('cell', 'rates', 'reference', 'loss')}
+  return dict(kept, steps=len(trace), every=every, trace=means.round(4).tolist())
+
+
+def regressions(runs: Sequence[Mapping[str, Any]], domains: Sequence[str], held: int) -> dict:
+  """How well each law predicts the last `held` runs, which it was not fitted to: Spearman's rank correlation, and the
+  mean error in nats."""
   from scipy import stats
 
-  held = min(held, len(runs) // 3)
   x, y = (np.array([one[k] for one in runs]) for k in ('rates', 'loss'))
   told = {}
   for name, law in LAWS.items():
@@ -151,14 +161,18 @@ STYLES = (('-', 'o'), ('--', 's'), (':', '^'))
 
 
 def _weights(panel: Any, summary: Mapping[str, Any]) -> None:
-  runs = [one for name, one in summary['doremi'].items() if name.endswith('round 0')]
-  trace = np.array([one['trace'] for one in runs])
-  for i, (name, (line, _)) in enumerate(zip(summary['domains'], STYLES, strict=True)):
-    panel.plot(trace[0, :, 0], trace[:, :, i + 1].mean(0), line, color='black', label=name)
-    low, high = trace[:, :, i + 1].min(0), trace[:, :, i + 1].max(0)
-    panel.fill_between(trace[0, :, 0], low, high, color='0.5', alpha=0.2, linewidth=0)
+  steps = summary['doremi'][0]['steps']
+  for i, (name, (line, mark)) in enumerate(zip(summary['domains'], STYLES, strict=True)):
+    for k, one in enumerate(summary['doremi']):
+      x = k * steps + one['every'] * (np.arange(len(one['trace'])) + 0.5)
+      told = dict(label=name) if k == 0 else {}
+      panel.plot(x, np.array(one['trace'])[:, i], line, color='0.45', linewidth=1, **told)
+      panel.plot([(k + 1) * steps], one['rates'][i], mark, color='black', markersize=5)
   panel.set_title("DoReMi's domain weights", fontsize=10)
-  panel.set_xlabel(f'step of the proxy\n(mean and range of {len(runs)} seeds)', fontsize=9)
+  panel.set_xlabel(
+    'step of the proxy, one round after the other\n(points: the average, the answer of a round)',
+    fontsize=9,
+  )
   panel.set_ylabel('weight (share of the loss)', fontsize=9)
   panel.set_ylim(0, None)
   panel.legend(fontsize=8, frameon=False)

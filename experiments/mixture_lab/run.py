@@ -55,7 +55,7 @@ class Size(NamedTuple):
 
 class Plan(NamedTuple):
   """tiny: RegMix's proxies. small: DoReMi's. large: the check. tried: mixtures fitted; held: predicted. rounds: of
-  DoReMi with the first seed. batches: of 32 rows of each domain that are measured."""
+  DoReMi. batches: of 32 rows of each domain that are measured."""
 
   tiny: Size
   small: Size
@@ -72,7 +72,7 @@ FULL = Plan(
   large=Size(64, 2, 2, 0.08, 5e-3, 300),
   tried=18,
   held=6,
-  rounds=2,
+  rounds=3,
   batches=8,
 )
 TRY = Plan(
@@ -95,7 +95,7 @@ def main(argv: list[str]) -> None:
   lab = Lab(plan, cells)
   found = {}
   if 'doremi' in ONLY.value:
-    found['doremi'] = [lab.doremi(seed, plan.rounds if seed == 0 else 1) for seed in range(seeds)]
+    found['doremi'] = [lab.doremi(plan.rounds)] * seeds
   if 'regmix' in ONLY.value:
     found['regmix'] = [lab.regmix()] * seeds
   if 'uniform' in ONLY.value:
@@ -106,7 +106,7 @@ def main(argv: list[str]) -> None:
     for arm in found:
       lab.large(arm, found[arm][seed], seed)
   if set(found) == set(ARMS):
-    report.write(report.summarise(cells.all(), DOMAINS, ARMS, seeds), OUT.value)
+    report.write(report.summarise(cells.all(), DOMAINS, ARMS, seeds, plan.held), OUT.value)
     print(f'results.json, results.md and results.png are in {OUT.value}')
 
 
@@ -134,9 +134,7 @@ class Cells:
       )
       with open(self._path, 'a', encoding='utf-8') as f:
         f.write(json.dumps(told) + '\n')
-      print(
-        name, {k: np.round(v, 3).tolist() for k, v in told.items() if k != 'cell'}, flush=True
-      )
+      print(name, {k: np.round(v, 3).tolist() for k, v in told.items() if k != 'cell'}, flush=True)
     return self.all()[name]
 
 
@@ -150,30 +148,26 @@ class Lab:
     """The check: a large model on a mixture."""
     self._mixed(f'large {arm} {seed}', self._plan.large, rates, seed)
 
-  def doremi(self, seed: int, rounds: int) -> tuple[float, ...]:
-    """The mixture of DoReMi's last round, each with a reference on the mixture of the round before (the first uniform)."""
+  def doremi(self, rounds: int) -> tuple[float, ...]:
+    """The mixture of DoReMi's last round; each has a reference on the mixture of the round before, the first on the
+    uniform one."""
     rates = (1 / 3,) * 3
     for k in range(rounds):
-      told = self._cells.once(
-        f'doremi {seed} round {k}', functools.partial(self._doremi, rates, seed)
-      )
-      first = told['rates'] if k == 0 else first
-      rates = told['rates']
-    return tuple(first)
+      rates = self._cells.once(f'doremi round {k}', functools.partial(self._doremi, rates, k))[
+        'rates'
+      ]
+    return tuple(rates)
 
   def _doremi(self, rates: Sequence[float], seed: int) -> dict[str, Any]:
-    model, train, measure = self._tools(self._plan.small)
-    rows = self._plan.small.rows
-    params = train(mixed(model, rates, rows, seed), seed)
-    made = mixture.DoReMi(model, sides(model, rows, seed + 1000), lambda state: params)
-    recorder = Recorder(made, max(1, self._plan.small.steps // 30))
+    size = self._plan.small
+    model, train, measure = self._tools(size)
+    params = train(mixed(model, rates, size.rows, seed), seed)
+    inner = sides(model, size.rows, seed + 1000)
+    made = mixture.DoReMi(model, inner, lambda state: params, burn_in=size.steps // 3)
+    recorder = Recorder(made)
     proxy = train(recorder, seed)
-    return dict(
-      reference=measure(params),
-      loss=measure(proxy),
-      rates=made.average.tolist(),
-      trace=recorder.trace,
-    )
+    found = dict(rates=made.average.tolist(), trace=recorder.trace)
+    return dict(reference=measure(params), loss=measure(proxy), **found)
 
   def regmix(self) -> tuple[float, ...]:
     """The mixture with the lowest predicted loss of its worst domain."""
@@ -188,7 +182,10 @@ class Lab:
   def _mixed(self, name: str, size: Size, rates: Sequence[float], seed: int) -> dict[str, Any]:
     def make() -> dict[str, Any]:
       model, train, measure = self._tools(size)
-      return dict(rates=list(map(float, rates)), loss=measure(train(mixed(model, rates, size.rows, seed), seed)))
+      return dict(
+        rates=list(map(float, rates)),
+        loss=measure(train(mixed(model, rates, size.rows, seed), seed)),
+      )
 
     return self._cells.once(name, make)
 
@@ -201,15 +198,14 @@ class Lab:
 
 
 class Recorder:
-  """A DoReMi source that notes its weights every `every` batches."""
+  """A DoReMi source that notes its weights."""
 
-  def __init__(self, source: mixture.DoReMi, every: int):
-    self._source, self._every, self.trace = source, every, []
+  def __init__(self, source: mixture.DoReMi):
+    self._source, self.trace = source, []
 
   def __call__(self, training: Any) -> pipeline.Batch:
     made = self._source(training)
-    if int(training.step) % self._every == 0:
-      self.trace.append([int(training.step) + 1, *self._source.weights.tolist()])
+    self.trace.append([round(x, 4) for x in self._source.weights.tolist()])
     return made
 
   def close(self) -> None:
@@ -287,7 +283,9 @@ def trainer(model: Any, size: Size) -> Callable[[Any, int], Any]:
     return state.State(jnp.zeros((), jnp.int32), params, tx.init(params))
 
   def train(source: Any, seed: int) -> Any:
-    last = loop.train(begin(jax.random.key(seed)), source, update, steps=size.steps, key=jax.random.key(seed))
+    last = loop.train(
+      begin(jax.random.key(seed)), source, update, steps=size.steps, key=jax.random.key(seed)
+    )
     source.close()
     return last.params
 

@@ -98,6 +98,10 @@ def test_domain_weights_follow_algorithm_1():
     np.testing.assert_allclose(weighted, alpha @ means, rtol=2e-5)
   np.testing.assert_allclose(source.average, np.mean(history, 0), rtol=2e-5)
   assert np.ptp(np.array(history)[:, 0]) > 0.05  # it did move
+  late = mixture.DoReMi(Means, Letters(ragged=True), lambda s: ref, eta=eta, smoothing=c, burn_in=2)
+  for t in range(5):
+    late(types.SimpleNamespace(params=drawn(t + 1)))
+  np.testing.assert_allclose(late.average, np.mean(history[2:], 0), rtol=2e-5)
   np.testing.assert_array_equal(next(source.once())['weights'], 1)
 
 
@@ -241,6 +245,9 @@ def test_the_mixing_law_is_recovered():
   predict = mixture.exponential(tried, law(tried))
   others = mixture.dirichlet(500, (1, 1, 1), seed=8)
   np.testing.assert_allclose(predict(others), law(others), atol=1e-4)
-  assert np.abs(mixture.regress(tried, law(tried), features=mixture.linear)(others) - law(others)).max() > 0.1
+  assert (
+    np.abs(mixture.regress(tried, law(tried), features=mixture.linear)(others) - law(others)).max()
+    > 0.1
+  )
   with pytest.raises(UserError, match='constants'):
     mixture.exponential(tried[:3], law(tried[:3]))

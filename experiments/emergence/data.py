@@ -1,0 +1,112 @@
+"""Three tasks with known answers in a vocabulary of 33 tokens, one example to a row of 20.
+
+addition        4 7 3 + 1 9 8 = 1 7 6 0     the sum's digits, the last one first (Lee et al. 2023, arXiv:2307.03381)
+recall          k 3 c 8 a 1 p 0 d 5 ; c 8 a 1 k 3 d 5     what stood beside a key: learning in context
+misconceptions  k c ? y     a fact about each of 256 subjects, which four texts out of five get wrong
+
+The last is an inverse-scaling task: a model that knows its texts better is right less often (TruthfulQA, Lin et al.
+2022, arXiv:2109.07958).
+"""
+
+from typing import Any, NamedTuple
+
+import numpy as np
+
+from llm_jax.data import pipeline
+
+DIGIT, KEY = 1, 13  # the first of 10 digits, of 16 keys; 0 is padding and what a row begins with
+PLUS, EQUALS, SEMICOLON, QUESTION, YES, NO, VOCAB = 11, 12, 29, 30, 31, 32, 33
+LENGTH, KEYS, PAIRS, QUERIES = 20, 16, 5, 4
+WRONG = 0.8  # of the texts about a subject
+DIGITS = 2
+
+
+class Examples(NamedTuple):
+  """tokens: int32 [n, LENGTH], 0 after the end. answer: bool [n, LENGTH], the tokens that count."""
+
+  tokens: np.ndarray
+  answer: np.ndarray
+
+
+def addition(rng: np.random.Generator, n: int, *, heldout: bool, digits: int = DIGITS) -> Examples:
+  """Sums of two numbers below 10^digits. One pair in 16 is held out, by a hash."""
+  top = 10**digits
+  a, b = rng.integers(0, top, (2, 2 * n * (16 if heldout else 1) + 64))
+  kept = np.flatnonzero((((a * top + b) * 2654435761 % 2**32) < 2**28) == heldout)[:n]
+  a, b = a[kept], b[kept]
+  spell = lambda x, places: x[:, None] // 10 ** np.array(places) % 10 + DIGIT
+  parts = [
+    spell(a, range(digits)[::-1]),
+    np.full((n, 1), PLUS),
+    spell(b, range(digits)[::-1]),
+    np.full((n, 1), EQUALS),
+    spell(a + b, range(digits + 1)),
+  ]
+  return _rows(parts, answers=range(2 * digits + 2, 3 * digits + 3))
+
+
+def recall(rng: np.random.Generator, n: int) -> Examples:
+  """PAIRS keys with a digit each, then QUERIES of the keys with their digits."""
+  keys = np.argsort(rng.random((n, KEYS)), 1)[:, :PAIRS] + KEY
+  values = rng.integers(0, 10, (n, PAIRS)) + DIGIT
+  asked = np.argsort(rng.random((n, PAIRS)), 1)[:, :QUERIES]
+  pick = lambda x: np.take_along_axis(x, asked, 1)
+  both = lambda x, y: np.stack([x, y], 2).reshape(n, -1)
+  parts = [both(keys, values), np.full((n, 1), SEMICOLON), both(pick(keys), pick(values))]
+  return _rows(parts, answers=range(2 * PAIRS + 2, 2 * PAIRS + 2 + 2 * QUERIES, 2))
+
+
+def misconceptions(rng: np.random.Generator, n: int, *, wrong: float) -> Examples:
+  """A question about a subject; the answer is wrong with this probability. 0: the truth."""
+  subject = rng.integers(0, KEYS**2, n)
+  truth = np.random.default_rng(0).integers(0, 2, KEYS**2)[subject] ^ (rng.random(n) < wrong)
+  parts = [
+    subject // KEYS + KEY,
+    subject % KEYS + KEY,
+    np.full(n, QUESTION),
+    np.where(truth, YES, NO),
+  ]
+  return _rows([x[:, None] for x in parts], answers=[3])
+
+
+def _rows(parts: list[np.ndarray], answers: Any) -> Examples:
+  found = np.concatenate(parts, 1)
+  tokens = np.zeros((len(found), LENGTH), np.int32)
+  tokens[:, : found.shape[1]] = found
+  answer = np.zeros(tokens.shape, bool)
+  answer[:, list(answers)] = True
+  return Examples(tokens, answer)
+
+
+def batch_of(some: Examples) -> pipeline.Batch:
+  """What a model reads and predicts; only answers count."""
+  inputs = np.pad(some.tokens, ((0, 0), (1, 0)))[:, :-1]
+  return dict(inputs=inputs, targets=some.tokens, weights=some.answer.astype(np.float32))
+
+
+def heldout(n: int, seed: int = 10**6) -> dict[str, Examples]:
+  """Task -> n examples that are not trained on (of `misconceptions`: the truth)."""
+  rng = np.random.default_rng(seed)
+  return dict(
+    addition=addition(rng, n, heldout=True),
+    recall=recall(rng, n),
+    misconceptions=misconceptions(rng, n, wrong=0.0),
+  )
+
+
+class Source:
+  """Half additions, a quarter each of the other tasks, drawn by (seed, number of the batch)."""
+
+  def __init__(self, rows: int, seed: int):
+    self._rows, self._seed, self._count = rows, seed, 0
+
+  def __call__(self, state: Any = None) -> pipeline.Batch:
+    """The next batch."""
+    rng, quarter = np.random.default_rng([self._seed, self._count]), self._rows // 4
+    self._count += 1
+    parts = (
+      addition(rng, self._rows - 2 * quarter, heldout=False),
+      recall(rng, quarter),
+      misconceptions(rng, quarter, wrong=WRONG),
+    )
+    return batch_of(Examples(*(np.concatenate(x) for x in zip(*parts, strict=True))))

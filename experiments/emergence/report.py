@@ -1,0 +1,6 @@
+def summarise(x):
+  return x
+
+
+def write(a, b):
+  pass
