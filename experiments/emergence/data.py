@@ -1,7 +1,7 @@
-"""Three tasks with known answers in a vocabulary of 33 tokens, one example to a row of 20.
+"""Three tasks with known answers in a vocabulary of 33 tokens, in rows of 20.
 
-addition        4 7 3 + 1 9 8 = 1 7 6 0     the sum's digits, the last one first (Lee et al. 2023, arXiv:2307.03381)
-recall          k 3 c 8 a 1 p 0 d 5 ; c 8 a 1 k 3 d 5     what stood beside a key: learning in context
+addition        4 7 + 1 9 = 6 6 0     the sum's digits, the last one first (Lee et al. 2023, arXiv:2307.03381)
+recall          k 3 c 8 a 1 p 0 ; c 8 a 1 k 3 p 0     what stood beside a key: learning in context
 misconceptions  k c ? y     a fact about each of 256 subjects, which four texts out of five get wrong
 
 The last is an inverse-scaling task: a model that knows its texts better is right less often (TruthfulQA, Lin et al.
@@ -16,7 +16,7 @@ from llm_jax.data import pipeline
 
 DIGIT, KEY = 1, 13  # the first of 10 digits, of 16 keys; 0 is padding and what a row begins with
 PLUS, EQUALS, SEMICOLON, QUESTION, YES, NO, VOCAB = 11, 12, 29, 30, 31, 32, 33
-LENGTH, KEYS, PAIRS, QUERIES = 20, 16, 5, 4
+LENGTH, KEYS, PAIRS = 20, 16, 4
 WRONG = 0.8  # of the texts about a subject
 DIGITS = 2
 
@@ -46,14 +46,14 @@ def addition(rng: np.random.Generator, n: int, *, heldout: bool, digits: int = D
 
 
 def recall(rng: np.random.Generator, n: int) -> Examples:
-  """PAIRS keys with a digit each, then QUERIES of the keys with their digits."""
+  """PAIRS keys with a digit each, then the same in another order."""
   keys = np.argsort(rng.random((n, KEYS)), 1)[:, :PAIRS] + KEY
   values = rng.integers(0, 10, (n, PAIRS)) + DIGIT
-  asked = np.argsort(rng.random((n, PAIRS)), 1)[:, :QUERIES]
+  asked = np.argsort(rng.random((n, PAIRS)), 1)
   pick = lambda x: np.take_along_axis(x, asked, 1)
   both = lambda x, y: np.stack([x, y], 2).reshape(n, -1)
   parts = [both(keys, values), np.full((n, 1), SEMICOLON), both(pick(keys), pick(values))]
-  return _rows(parts, answers=range(2 * PAIRS + 2, 2 * PAIRS + 2 + 2 * QUERIES, 2))
+  return _rows(parts, answers=range(2 * PAIRS + 2, 4 * PAIRS + 1, 2))
 
 
 def misconceptions(rng: np.random.Generator, n: int, *, wrong: float) -> Examples:
@@ -95,18 +95,26 @@ def heldout(n: int, seed: int = 10**6) -> dict[str, Examples]:
 
 
 class Source:
-  """Half additions, a quarter each of the other tasks, drawn by (seed, number of the batch)."""
+  """Three rows of eight additions, three recall, two misconceptions, drawn by (seed, number of the batch). Short
+  examples follow one another in a row."""
 
   def __init__(self, rows: int, seed: int):
-    self._rows, self._seed, self._count = rows, seed, 0
+    self._eighth, self._seed, self._count = rows // 8, seed, 0
 
   def __call__(self, state: Any = None) -> pipeline.Batch:
     """The next batch."""
-    rng, quarter = np.random.default_rng([self._seed, self._count]), self._rows // 4
+    rng, n = np.random.default_rng([self._seed, self._count]), self._eighth
     self._count += 1
     parts = (
-      addition(rng, self._rows - 2 * quarter, heldout=False),
-      recall(rng, quarter),
-      misconceptions(rng, quarter, wrong=WRONG),
+      _packed(addition(rng, 6 * n, heldout=False), 2),
+      recall(rng, 3 * n),
+      _packed(misconceptions(rng, 10 * n, wrong=WRONG), 5),
     )
     return batch_of(Examples(*(np.concatenate(x) for x in zip(*parts, strict=True))))
+
+
+def _packed(some: Examples, times: int) -> Examples:
+  """`times` examples to a row."""
+  used = int((some.tokens > 0).sum(1).max())
+  rows = [x[:, :used].reshape(-1, times * used) for x in some]
+  return Examples(*(np.pad(x, ((0, 0), (0, LENGTH - times * used))) for x in rows))

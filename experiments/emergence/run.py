@@ -31,9 +31,9 @@ from llm_jax.train import loop, state, step
 OUT = flags.DEFINE_string('out', 'runs/emergence', 'where the results go')
 SEEDS = flags.DEFINE_integer('seeds', 1, 'runs of every size')
 STEPS = flags.DEFINE_integer('steps', 1000, 'updates of every model')
-WIDTHS = flags.DEFINE_list('widths', ['16', '32', '64', '128', '192'], 'embed of the models')
+WIDTHS = flags.DEFINE_list('widths', ['16', '28', '48', '80', '136'], 'embed of the models')
 QUICK = flags.DEFINE_bool('quick', False, 'a few updates of two sizes, to see it work')
-ROWS, LAYERS, HELD = 96, 2, 512
+ROWS, LAYERS, HELD = 64, 2, 512
 
 
 def main(argv: list[str]) -> None:
