@@ -20,7 +20,6 @@ import numpy as np
 from absl import app, flags
 
 from experiments.emergence import data, report
-from llm_jax.core import mesh
 from llm_jax.core.config import build, use
 from llm_jax.model import attention, block, ffn, heads, init, norms, stack, transformer
 from llm_jax.objectives import language
@@ -30,8 +29,8 @@ from llm_jax.train import loop, state, step
 
 OUT = flags.DEFINE_string('out', 'runs/emergence', 'where the results go')
 SEEDS = flags.DEFINE_integer('seeds', 1, 'runs of every size')
-STEPS = flags.DEFINE_integer('steps', 1000, 'updates of every model')
-WIDTHS = flags.DEFINE_list('widths', ['16', '28', '48', '80', '136'], 'embed of the models')
+STEPS = flags.DEFINE_integer('steps', 1500, 'updates of every model')
+WIDTHS = flags.DEFINE_list('widths', ['16', '28', '48', '80', '112'], 'embed of the models')
 QUICK = flags.DEFINE_bool('quick', False, 'a few updates of two sizes, to see it work')
 ROWS, LAYERS, HELD = 64, 2, 512
 
@@ -125,14 +124,14 @@ def measurer(model: Any) -> Callable[[Any], dict[str, dict[str, float]]]:
     tokens = np.array(some.tokens)
     for at in where:
       inputs = np.pad(tokens, ((0, 0), (1, 0)))[:, :-1]
-      tokens[:, at] = np.asarray(score(params, mesh.place(inputs)))[:, at].argmax(-1)
+      tokens[:, at] = np.asarray(score(params, inputs))[:, at].argmax(-1)
     return tokens[:, where]
 
   def measure(params: Any) -> dict[str, dict[str, float]]:
     told = {}
     for name, some in held.items():
       batch, where = data.batch_of(some), np.flatnonzero(some.answer[0])
-      logp = np.asarray(score(params, mesh.place(batch['inputs'])))[:, where]
+      logp = np.asarray(score(params, batch['inputs']))[:, where]
       targets, said = some.tokens[:, where], answers(params, some, where)
       mean = emergence.log_likelihood(logp, targets)
       right = logp.argmax(-1) == targets

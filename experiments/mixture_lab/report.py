@@ -68,7 +68,7 @@ def summarise(
   )
 
 
-def _thinned(one: Mapping[str, Any], points: int = 50) -> dict[str, Any]:
+def _thinned(one: Mapping[str, Any], points: int = 20) -> dict[str, Any]:
   """A round of DoReMi; of its weights the means of `points` stretches."""
   trace = np.array(one['trace'])
   every = max(1, len(trace) // points)
@@ -121,7 +121,7 @@ def table(summary: Mapping[str, Any]) -> str:
   lines.append(line(['one domain alone', '', *alone, f'{max(summary["alone"]):.4f}', '0', '']))
   lines += [
     '',
-    line(['less than uniform, nats per byte', 'worst domain', 'worst excess', 'mean']),
+    line(['minus uniform, nats per byte', 'worst domain', 'worst excess', 'mean']),
     '| --- | --: | --: | --: |',
   ]
   for arm, row in summary['differences'].items():
@@ -163,10 +163,10 @@ STYLES = (('-', 'o'), ('--', 's'), (':', '^'))
 def _weights(panel: Any, summary: Mapping[str, Any]) -> None:
   steps = summary['doremi'][0]['steps']
   for i, (name, (line, mark)) in enumerate(zip(summary['domains'], STYLES, strict=True)):
+    panel.plot([], [], line, marker=mark, color='black', linewidth=1, label=name)
     for k, one in enumerate(summary['doremi']):
       x = k * steps + one['every'] * (np.arange(len(one['trace'])) + 0.5)
-      told = dict(label=name) if k == 0 else {}
-      panel.plot(x, np.array(one['trace'])[:, i], line, color='0.45', linewidth=1, **told)
+      panel.plot(x, np.array(one['trace'])[:, i], line, color='0.45', linewidth=1)
       panel.plot([(k + 1) * steps], one['rates'][i], mark, color='black', markersize=5)
   panel.set_title("DoReMi's domain weights", fontsize=10)
   panel.set_xlabel(

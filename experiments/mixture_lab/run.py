@@ -1,11 +1,12 @@
 r"""Which mixture of books, Wikipedia and stories: DoReMi's and RegMix's against the uniform one, at equal tokens.
 
-  .venv/bin/python -m experiments.mixture_lab.run --out=runs/mixture_lab          # 20 minutes of one core
+  .venv/bin/python -m experiments.mixture_lab.run --out=runs/mixture_lab          # 8 minutes of one core
   .venv/bin/python -m experiments.mixture_lab.run --quick --out=runs/try
 
-Small models find the mixtures, a model five times as large is trained on each. Every model that was trained is a line
-of OUT/cells.jsonl; what is there already is not trained again, so a run that was stopped goes on, and two processes
-may share the work (`--only=uniform,regmix`, `--only=doremi`). Writes results.json, results.md and results.png.
+Small models find the mixtures, a model more than three times as large is trained on each. Every model that was trained
+is a line of OUT/cells.jsonl; what is there already is not trained again, so a run that was stopped goes on, and two
+processes may share the work (`--only=uniform,regmix`, `--only=doremi`). Writes results.json, results.md and
+results.png.
 """
 
 import functools
