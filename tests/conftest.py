@@ -14,7 +14,7 @@ import pytest
 
 os.environ.setdefault('JAX_PLATFORMS', 'cpu')
 os.environ.setdefault('TF_CPP_MIN_LOG_LEVEL', '3')
-os.environ.setdefault('OPENBLAS_NUM_THREADS', '1')  # threads of workers that wait for one another: 50 times slower
+os.environ.setdefault('OPENBLAS_NUM_THREADS', '1')  # those of several workers wait for one another
 os.environ['JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS'] = '0'
 if 'xla_force_host_platform_device_count' not in os.environ.get('XLA_FLAGS', ''):
   os.environ['XLA_FLAGS'] = (

@@ -27,7 +27,7 @@ DELTA = 1e-3
 MODELS = {'Gopher': (280e9, 300e9), 'Chinchilla': (70e9, 1.4e12), 'LLaMA-65B': (65.2e9, 1.4e12)}
 
 
-def refit(points: runs.Runs, *, trials: int = 4000) -> dict[str, Any]:
+def refit(points: runs.Runs, *, trials: int = 4000, steps: int = 21) -> dict[str, Any]:
   """All of results.json: numbers about the fit, none of the points."""
   n, d, y = points.parameters, points.tokens, points.loss
   start = time.perf_counter()
@@ -50,7 +50,7 @@ def refit(points: runs.Runs, *, trials: int = 4000) -> dict[str, Any]:
     frontier=_frontier(fit.law, draws),
     at_gopher=_optimum(fit.law, draws),
     loss_of={name: float(laws.chinchilla(fit.law, *size)) for name, size in MODELS.items()},
-    profile={name: profile(fit.law, name, n, d, y) for name in ('E', 'alpha', 'beta')},
+    profile={name: profile(fit.law, name, n, d, y, steps=steps) for name in ('E', 'alpha', 'beta')},
     residuals=_residuals(residuals, points.flops),
   )
 
@@ -89,7 +89,7 @@ def _optimum(law: laws.Chinchilla, draws: np.ndarray) -> dict[str, Any]:
 
 
 def profile(
-  law: laws.Chinchilla, name: str, n: np.ndarray, d: np.ndarray, y: np.ndarray, *, steps: int = 21
+  law: laws.Chinchilla, name: str, n: np.ndarray, d: np.ndarray, y: np.ndarray, *, steps: int
 ) -> list[list[float]]:
   """[value, lowest objective with this constant held there]: flat where the points do not tell it."""
   logs = np.log(n), np.log(d)

@@ -123,8 +123,18 @@ def kaplan_least_tokens(parameters: ArrayLike) -> np.ndarray:
   return 5e3 * _f64(parameters) ** 0.74
 
 
-# How the best run grows with its compute: N, batch in tokens and serial steps; the exponents add up to one (eq. 1.7).
-KAPLAN_GROWTH = dict(parameters=0.73, batch=0.24, steps=0.03)
+# The best run for a compute in PF-days: N, critical batch in tokens, fewest steps and tokens of one epoch (table 6).
+KAPLAN_BEST = dict(
+  parameters=PowerLaw(1.3e9, 0.73),
+  batch=PowerLaw(2.0e6, 0.24),
+  steps=PowerLaw(5.4e3, 0.03),
+  tokens=PowerLaw(2e10, 0.27),
+)
+
+
+def kaplan_optimum(flops: ArrayLike) -> dict[str, np.ndarray]:
+  """`KAPLAN_BEST` at a compute in FLOP, the least for its loss; at the critical batch a run takes twice as much."""
+  return {name: power(law, _f64(flops) / count.PF_DAY) for name, law in KAPLAN_BEST.items()}
 
 
 # Chinchilla: Hoffmann et al. 2022, arXiv:2203.15556

@@ -1,10 +1,11 @@
 """A scaling law as a watchman: the live loss of a run beside the curve that was predicted for it.
 
-The curve comes from a run before it (`like`) or from a law of N and D (`chinchilla`). Small deviations are noise; the
-mean of the last steps that leaves the curve by more than `tolerance` is told at once, long before a loss curve looks
-wrong to the eye, and in both directions: a loss that is too good is a leak or a bug.
+The curve comes from a run before it (`like`), from constants (`falling`) or from a law of N and D (`chinchilla`). Small
+deviations are noise; the mean of the last steps that leaves the curve by more than `tolerance` is told at once, long
+before a loss curve looks wrong to the eye, and in both directions: a loss that is too good is a leak or a bug.
 """
 
+import functools
 import json
 import math
 import os
@@ -21,8 +22,13 @@ from llm_jax.train.hooks import Hook, Run
 Curve = Callable[[int], float]
 
 
-def like(workdir: str, *, skip: int = 50, name: str = 'loss') -> Curve:
-  """step -> loss of a finished run: irreducible + (scale / step)^exponent through its `metrics.jsonl` after `skip`."""
+def like(step: int, *, workdir: str, skip: int = 50, name: str = 'loss') -> float:
+  """The curve of a finished run: the power law that fits its `metrics.jsonl` after `skip` steps, see `fits.offset`."""
+  return float(laws.offset(_fitted(workdir, skip, name), step))
+
+
+@functools.lru_cache(maxsize=8)
+def _fitted(workdir: str, skip: int, name: str) -> laws.Offset:
   path = os.path.join(workdir, 'metrics.jsonl')
   try:
     with open(path, encoding='utf-8') as f:
@@ -34,18 +40,17 @@ def like(workdir: str, *, skip: int = 50, name: str = 'loss') -> Curve:
     raise UserError(
       f'{path} has {len(points)} values of {name!r} after step {skip}: a curve takes 4'
     )
-  return through(*zip(*points, strict=True))
+  return fits.offset(*zip(*points, strict=True)).law
 
 
-def through(steps: Any, losses: Any) -> Curve:
-  """step -> loss, the power law above an irreducible loss that fits these points."""
-  law = fits.offset(steps, losses).law
-  return lambda step: float(laws.offset(law, step))
+def falling(step: int, *, irreducible: float, scale: float, exponent: float) -> float:
+  """irreducible + (scale / step)^exponent."""
+  return float(laws.offset(laws.Offset(irreducible, scale, exponent), step))
 
 
-def chinchilla(law: laws.Chinchilla, *, parameters: float, tokens_per_step: float) -> Curve:
-  """step -> what the law says of a model that has seen as many tokens, had it been trained for just that long."""
-  return lambda step: float(laws.chinchilla(law, parameters, step * tokens_per_step))
+def chinchilla(step: int, *, law: tuple, parameters: float, tokens_per_step: float) -> float:
+  """What a law (E, A, B, alpha, beta) says of a model trained for just as many tokens as it has seen by now."""
+  return float(laws.chinchilla(laws.Chinchilla(*law), parameters, step * tokens_per_step))
 
 
 def watch(
@@ -53,9 +58,9 @@ def watch(
 ) -> Hook:
   """Tells when the mean over `window` steps of log(loss / predicted) leaves +-`tolerance`, and when it is back.
 
-  curve: step -> loss (above). start: the first step that counts; during warm-up no law holds. An alarm is a line for a
-  person and one in `metrics.jsonl`: `watch/deviation`, a relative error. It changes nothing: `guards` do. As there, a
-  step is looked at when the next is on its way.
+  curve: step -> loss, one of those above. start: the first step that counts; during warm-up no law holds. An alarm is a
+  line for a person and one in `metrics.jsonl`: `watch/deviation`, a relative error. It changes nothing: `guards` do. As
+  there, a step is looked at when the next is on its way.
   """
   if tolerance <= 0 or window < 1:
     raise UserError(f'watch: tolerance={tolerance} must exceed 0 and window={window} be at least 1')

@@ -45,8 +45,16 @@ def test_the_critical_batch_is_twice_the_fewest_steps_and_twice_the_fewest_token
   assert laws.kaplan_least_compute(1e20, batch, loss) == pytest.approx(5e19)
 
 
-def test_kaplans_exponents_of_growth_spend_all_the_compute():
-  assert sum(laws.KAPLAN_GROWTH.values()) == pytest.approx(1)
+def test_kaplans_best_run_spends_its_compute():
+  law = laws.KAPLAN_BEST
+  assert sum(law[name].exponent for name in ('parameters', 'batch', 'steps')) == pytest.approx(1)
+  assert law['parameters'].exponent + law['tokens'].exponent == pytest.approx(1)
+  best = laws.kaplan_optimum(100 * count.PF_DAY)
+  assert best['parameters'] == pytest.approx(1.3e9 * 100**0.73)
+  # at the critical batch a run takes twice the fewest steps and twice the least compute
+  assert 2 * best['steps'] * best['batch'] == pytest.approx(best['tokens'], rel=0.1)
+  spent = count.compute(parameters=best['parameters'], tokens=best['tokens'])
+  assert spent == pytest.approx(2 * 100 * count.PF_DAY, rel=0.1)
   assert laws.kaplan_least_tokens(1e9) == pytest.approx(5e3 * 10 ** (9 * 0.74))
 
 

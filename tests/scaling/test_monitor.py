@@ -11,10 +11,11 @@ import numpy as np
 import optax
 import pytest
 
+from llm_jax.core.config import build, use
 from llm_jax.core.errors import UserError
 from llm_jax.core.metrics import Writer
 from llm_jax.data import records
-from llm_jax.scaling import laws, monitor
+from llm_jax.scaling import fits, laws, monitor
 from llm_jax.train import loop
 from llm_jax.train.hooks import Run
 from llm_jax.train.state import State
@@ -80,7 +81,8 @@ def train(*hooks, seed=0, factor=1.0):
 def before():
   """The curve of a run before, of another seed."""
   losses = train(seed=7)
-  return monitor.through(np.arange(31, STEPS + 1), losses[30:])
+  law = fits.offset(np.arange(31, STEPS + 1), losses[30:]).law
+  return functools.partial(monitor.falling, **law._asdict())
 
 
 def watched(curve=None, **changes):
@@ -141,15 +143,20 @@ def test_curves(tmp_path):
     writer.write(step, dict(loss=laws.offset(law, step)))
   writer.write(300, {'heldout/nats_per_token': 2.0})
   writer.close()
-  found = monitor.like(str(tmp_path), skip=20)
+  cfg = use(
+    monitor.watch, curve=use(monitor.like, workdir=str(tmp_path), skip=20)
+  )  # as a config has it
+  found = build(cfg).keywords['curve']
   assert found(1000) == pytest.approx(float(laws.offset(law, 1000)), rel=1e-4)
-  by_law = monitor.chinchilla(laws.BESIROGLU, parameters=1e9, tokens_per_step=4e6)
+  by_law = functools.partial(
+    monitor.chinchilla, law=laws.BESIROGLU, parameters=1e9, tokens_per_step=4e6
+  )
   assert by_law(1000) == pytest.approx(float(laws.chinchilla(laws.BESIROGLU, 1e9, 4e9)))
   with pytest.raises(UserError, match='no run to compare with'):
-    monitor.like(str(tmp_path / 'none'))
+    monitor.like(1, workdir=str(tmp_path / 'none'))
   (tmp_path / 'metrics.jsonl').write_text(json.dumps(dict(step=100, loss=2.0)) + '\n')
   with pytest.raises(UserError, match='has 1 values'):
-    monitor.like(str(tmp_path))
+    monitor.like(1, workdir=str(tmp_path))
 
 
 def test_wrong_settings():
