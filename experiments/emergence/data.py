@@ -1,7 +1,8 @@
-"""Three tasks with known answers in a vocabulary of 33 tokens, in rows of 20.
+"""Three tasks with known answers in a vocabulary of 64 tokens, in rows of 24.
 
-addition        4 7 + 1 9 = 6 6 0     the sum's digits, the last one first (Lee et al. 2023, arXiv:2307.03381)
-recall          k 3 c 8 a 1 p 0 ; c 8 a 1 k 3 p 0     what stood beside a key: learning in context
+addition        4 7 3 + 1 9 8 = 1 7 6 0     the sum's digits, the last one first (Lee et al. 2023, arXiv:2307.03381)
+threshold       3n 9y cy 5n ay 2n by 0n 7 y 1 n 4 n e y     eight labelled points of a line, then four to label: where
+                it turns, and which side is y, is drawn for each row, so it must be learned in context
 misconceptions  k c ? y     a fact about each of 256 subjects, which four texts out of five get wrong
 
 The last is an inverse-scaling task: a model that knows its texts better is right less often (TruthfulQA, Lin et al.
@@ -14,11 +15,19 @@ import numpy as np
 
 from llm_jax.data import pipeline
 
-DIGIT, KEY = 1, 13  # the first of 10 digits, of 16 keys; 0 is padding and what a row begins with
-PLUS, EQUALS, SEMICOLON, QUESTION, YES, NO, VOCAB = 11, 12, 29, 30, 31, 32, 33
-LENGTH, KEYS, PAIRS = 20, 16, 4
+DIGIT, KEY = 1, 11  # the first of 10 digits, of 16 keys; 0 is padding and what a row begins with
+PLUS, EQUALS, QUESTION, NO, YES, LABELLED, VOCAB = (
+  27,
+  28,
+  29,
+  30,
+  31,
+  32,
+  64,
+)  # LABELLED: of 32 points
+LENGTH, KEYS, POINTS, ASKED = 24, 16, 8, 4
 WRONG = 0.8  # of the texts about a subject
-DIGITS = 2
+DIGITS = 3
 
 
 class Examples(NamedTuple):
@@ -45,15 +54,14 @@ def addition(rng: np.random.Generator, n: int, *, heldout: bool, digits: int = D
   return _rows(parts, answers=range(2 * digits + 2, 3 * digits + 3))
 
 
-def recall(rng: np.random.Generator, n: int) -> Examples:
-  """PAIRS keys with a digit each, then the same in another order."""
-  keys = np.argsort(rng.random((n, KEYS)), 1)[:, :PAIRS] + KEY
-  values = rng.integers(0, 10, (n, PAIRS)) + DIGIT
-  asked = np.argsort(rng.random((n, PAIRS)), 1)
-  pick = lambda x: np.take_along_axis(x, asked, 1)
-  both = lambda x, y: np.stack([x, y], 2).reshape(n, -1)
-  parts = [both(keys, values), np.full((n, 1), SEMICOLON), both(pick(keys), pick(values))]
-  return _rows(parts, answers=range(2 * PAIRS + 2, 4 * PAIRS + 1, 2))
+def threshold(rng: np.random.Generator, n: int) -> Examples:
+  """POINTS of 0 .. KEYS - 1 as tokens that have their label, then ASKED others with the label after them."""
+  x = np.argsort(rng.random((n, KEYS)), 1)[:, : POINTS + ASKED]
+  turn, flip = rng.integers(1, KEYS, (n, 1)), rng.integers(0, 2, (n, 1))
+  label = (x >= turn).astype(int) ^ flip
+  shown = LABELLED + 2 * x[:, :POINTS] + label[:, :POINTS]
+  asked = np.stack([x + KEY, np.where(label, YES, NO)], 2)[:, POINTS:].reshape(n, -1)
+  return _rows([shown, asked], answers=range(POINTS + 1, POINTS + 2 * ASKED, 2))
 
 
 def misconceptions(rng: np.random.Generator, n: int, *, wrong: float) -> Examples:
@@ -89,13 +97,13 @@ def heldout(n: int, seed: int = 10**6) -> dict[str, Examples]:
   rng = np.random.default_rng(seed)
   return dict(
     addition=addition(rng, n, heldout=True),
-    recall=recall(rng, n),
+    threshold=threshold(rng, n),
     misconceptions=misconceptions(rng, n, wrong=0.0),
   )
 
 
 class Source:
-  """Three rows of eight additions, three recall, two misconceptions, drawn by (seed, number of the batch). Short
+  """Three rows of eight additions, three thresholds, two misconceptions, drawn by (seed, number of the batch). Short
   examples follow one another in a row."""
 
   def __init__(self, rows: int, seed: int):
@@ -107,8 +115,8 @@ class Source:
     self._count += 1
     parts = (
       _packed(addition(rng, 6 * n, heldout=False), 2),
-      recall(rng, 3 * n),
-      _packed(misconceptions(rng, 10 * n, wrong=WRONG), 5),
+      threshold(rng, 3 * n),
+      _packed(misconceptions(rng, 12 * n, wrong=WRONG), 6),
     )
     return batch_of(Examples(*(np.concatenate(x) for x in zip(*parts, strict=True))))
 

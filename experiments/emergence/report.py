@@ -10,11 +10,11 @@ import numpy as np
 from llm_jax.scaling import emergence
 
 TITLES = dict(
-  addition='adding (3 tokens)',
-  recall='recall in context (4 tokens)',
+  addition='adding (4 tokens)',
+  threshold='learning in context (4 tokens)',
   misconceptions='facts that texts get wrong (1 token)',
 )
-STYLES = dict(addition=('-', 'o'), recall=('--', 's'), misconceptions=(':', '^'))
+STYLES = dict(addition=('-', 'o'), threshold=('--', 's'), misconceptions=(':', '^'))
 
 
 def summarise(runs: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
@@ -42,7 +42,7 @@ def predictions(runs: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
   """The largest run's probability of a right answer, from a power law of -log p through the smaller ones."""
   size = np.array([one['parameters'] for one in runs], float)
   told = {}
-  for task in ('addition', 'recall'):
+  for task in ('addition', 'threshold'):
     nats = -metric(runs, task, 'log_likelihood')  # per token
     length = runs[0]['marks'][-1][task]['length']
     law = emergence.predict(size[:-1], np.exp(-nats[:-1] * length))
@@ -101,7 +101,7 @@ def by_size(panel: Any, summary: Mapping[str, Any], name: str, label: str) -> No
 def by_token(panel: Any, summary: Mapping[str, Any]) -> None:
   """Every checkpoint of every size: exact match against token accuracy, beside p^L."""
   p = np.linspace(0, 1, 101)
-  for task in ('addition', 'recall'):
+  for task in ('addition', 'threshold'):
     line, mark = STYLES[task]
     marks = [m[task] for one in summary['runs'] for m in one['marks']]
     length = marks[0]['length']

@@ -21,7 +21,7 @@ from absl import app, flags
 
 from experiments.emergence import data, report
 from llm_jax.core.config import build, use
-from llm_jax.model import attention, block, ffn, heads, init, norms, stack, transformer
+from llm_jax.model import attention, block, ffn, heads, init, norms, positions, stack, transformer
 from llm_jax.objectives import language
 from llm_jax.optim import chain, rules, schedules
 from llm_jax.scaling import emergence
@@ -29,16 +29,20 @@ from llm_jax.train import loop, state, step
 
 OUT = flags.DEFINE_string('out', 'runs/emergence', 'where the results go')
 SEEDS = flags.DEFINE_integer('seeds', 1, 'runs of every size')
-STEPS = flags.DEFINE_integer('steps', 1500, 'updates of every model')
-WIDTHS = flags.DEFINE_list('widths', ['16', '28', '48', '80', '112'], 'embed of the models')
+STEPS = flags.DEFINE_integer('steps', 2000, 'updates of every model')
+WIDTHS = flags.DEFINE_list('widths', ['8', '16', '32', '64', '128'], 'embed of the models')
 QUICK = flags.DEFINE_bool('quick', False, 'a few updates of two sizes, to see it work')
 ROWS, LAYERS, HELD = 64, 2, 512
+STD, RATE = (
+  0.6,
+  0.04,
+)  # of the initial weights and the peak of the learning rate, times the root of 1 / width
 
 
 def main(argv: list[str]) -> None:
   """Runs it."""
   del argv
-  steps, widths = (6, (8, 16)) if QUICK.value else (STEPS.value, tuple(map(int, WIDTHS.value)))
+  steps, widths = (20, (8, 16)) if QUICK.value else (STEPS.value, tuple(map(int, WIDTHS.value)))
   os.makedirs(OUT.value, exist_ok=True)
   path = os.path.join(OUT.value, 'runs.jsonl')
   for seed in range(SEEDS.value):
@@ -78,7 +82,8 @@ def decoder(width: int) -> Any:
     length=data.LENGTH,
     runner=use(stack.scan),
     head=use(heads.Tied),
-    init=use(init.gpt2, std=0.6 * width**-0.5),
+    positions=use(positions.Learned),
+    init=use(init.gpt2, std=STD * width**-0.5),
   )
   return build(made)()
 
@@ -86,7 +91,7 @@ def decoder(width: int) -> Any:
 def trained(width: int, seed: int, steps: int) -> dict[str, Any]:
   """One model, and what was measured at an eighth, a quarter, half, three quarters and the whole of its steps."""
   began, model = time.process_time(), decoder(width)
-  peak = 0.04 * width**-0.5
+  peak = RATE * width**-0.5
   schedule = use(schedules.cosine, peak=peak, steps=steps, warmup=max(1, steps // 20), floor=0.0)
   tx = build(use(chain.make, rule=use(rules.adamw, b2=0.98), schedule=schedule, clip=1.0))(
     model.axes
