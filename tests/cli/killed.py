@@ -2,7 +2,7 @@
 
   python -m tests.cli.killed save train --config=tests/cli/killed.py:kind=dpo --workdir=DIR
 
-Moments: `read`, while the fourth batch (of policies: the second reward) is being made; `learn`, as soon as the fifth
+Moments: `read`, while the fourth batch (of PPO: the second round) is being made; `learn`, as soon as the fifth
 update has been handed to the device; `save`, when the checkpoint of step 4 is written and has yet its temporary name.
 """
 
@@ -75,15 +75,15 @@ def at_call(number, function, after=False):
   return counted
 
 
-def arm(moment):
-  """Sees to it that this process does not survive `moment`."""
+def arm(moment, rounds):
+  """Sees to it that this process does not survive `moment`. rounds: the one whose answers are scored then."""
   from llm_jax.data import pipeline
   from llm_jax.rl import arithmetic as sums
   from llm_jax.train import step
 
   if moment == 'read':
     pipeline.Source.__call__ = at_call(4, pipeline.Source.__call__)
-    sums.correct = at_call(2, sums.correct)
+    sums.correct = at_call(rounds, sums.correct)
   elif moment == 'learn':
     make = step.make
     step.make = lambda *args, **kw: at_call(5, make(*args, **kw), after=True)
@@ -102,5 +102,7 @@ def arm(moment):
 if __name__ == '__main__':
   from llm_jax.cli.main import main
 
-  arm(sys.argv[1])
+  arm(
+    sys.argv[1], 2 if 'kind=ppo' in ' '.join(sys.argv) else 4
+  )  # PPO takes four steps from a round
   sys.exit(main(sys.argv[2:]))
