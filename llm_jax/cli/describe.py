@@ -68,6 +68,7 @@ def main(argv: list[str]) -> int:
     _parameters(model.card, subject.row),
     _flops(model.card, context, encoder),
     _context(model.card, context, encoder, given.kv_dtype, width),
+    *_training(subject, model.card, encoder),
     _memory(subject, model, shapes, given),
   ]
   print('\n\n'.join(parts))
@@ -282,6 +283,32 @@ def _context(card: Any, context: int, encoder: int, dtype: str, width: int) -> s
   if windowed:
     grows += ' until a window is full'
   return f'decoding in {dtype}: {grows}, {si(whole, "B")} for a sequence of {at}'
+
+
+def _training(subject: Subject, card: Any, encoder: int) -> list[str]:
+  """What a config comes to as a run, where it says how many sequences of what length there are in how many steps."""
+  source, schedule = (subject.run.get(k) or {} for k in ('source', 'optimizer'))
+  schedule = schedule.get('schedule') or {}
+  sizes = [subject.run.get('steps'), source.get('batch'), source.get('length')]
+  if not all(sizes):
+    return []
+  steps, rows, length = sizes
+  tokens, met = steps * rows * length, sum(count.active(card).values())
+  flops = tokens * count.training_flops(card, length, encoder)
+  lines = [
+    ('training', '', ''),
+    ('steps', f'{steps:,}', ''),
+    ('batch', f'{rows:,}', f'sequences, {rows * length:,} tokens'),
+    ('tokens', f'{tokens:,}', f'{tokens / met:.3g} per parameter'),
+    (
+      'compute',
+      si(flops, 'FLOP'),
+      f'6 N D: {si(count.compute(parameters=met, tokens=tokens), "FLOP")}',
+    ),
+  ]
+  if schedule.get('peak'):
+    lines.append(('peak learning rate', f'{schedule["peak"]:.3g}', ''))
+  return [table(lines, '<><')]
 
 
 # --- memory on a mesh ------------------------------------------------------------------------------

@@ -30,6 +30,7 @@ _WHOLE = dict(
   batch=(), length=(), embed=(), heads=(), groups=(), head_dim=(), ffn=(), vocab=(), expert=(),
   layers=(), norm=(), positions=(), buckets=(), rank=(), state=(), taps=(),
 )  # fmt: skip
+NAMES = tuple(_WHOLE)
 _TENSOR = dict(
   _WHOLE, heads=('tensor',), groups=('tensor',), ffn=('tensor',), vocab=('tensor',), expert=('expert',)
 )  # fmt: skip

@@ -75,12 +75,14 @@ class Stem(nn.Module):
 class Tied(nn.Module):
   """Logits from the embedding table (Press & Wolf 2017, arXiv:1608.05859).
 
-  scaled: x / sqrt(embed) first, for tables of N(0, 1) (T5, PaLM). cap: cap * tanh(logits / cap) (Gemma 2). A table
-  narrower than the model is met through a projection.
+  scaled: x / sqrt(embed) first, for tables of N(0, 1) (T5, PaLM). multiplier: of the logits before the cap (muP:
+  `widths.head_multiplier`). cap: cap * tanh(logits / cap) (Gemma 2). A table narrower than the model is met through a
+  projection.
   """
 
   scaled: bool = False
   cap: float | None = None
+  multiplier: float = 1.0
 
   reads = 'embedding'
 
@@ -89,6 +91,8 @@ class Tied(nn.Module):
     """x: [batch, t, embed], table: [rows, embed or rank]. Returns f32 [batch, t, rows]."""
     if self.scaled:
       x = x * jnp.asarray(x.shape[-1] ** -0.5, x.dtype)
+    if self.multiplier != 1.0:
+      x = x * jnp.asarray(self.multiplier, x.dtype)
     if table.shape[-1] == x.shape[-1]:
       return soft_cap(weights.einsum('btd,vd->btv', x, table, dtype=jnp.float32), self.cap)
     shape = (x.shape[-1], table.shape[-1])

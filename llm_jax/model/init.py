@@ -6,10 +6,17 @@ Roles: embedding, positions, query, key, value, attention_out, ffn_in, ffn_out, 
 """
 
 import math
+from collections.abc import Callable, Mapping
 
 import jax
 
+from llm_jax.core import widths
+from llm_jax.core.errors import UserError, nearest
 from llm_jax.model import param
+
+ROLES = (
+  'embedding', 'positions', 'query', 'key', 'value', 'attention_out', 'ffn_in', 'ffn_out', 'router', 'head', 'buckets',
+)  # fmt: skip
 
 
 def normal(std: float) -> param.Initializer:
@@ -67,3 +74,35 @@ def deepnorm(
   outward = math.prod(n for n, a in zip(shape, axes, strict=True) if a not in ('layers', 'expert'))
   scale = beta if role in ('value', 'attention_out', 'ffn_in', 'ffn_out') else 1.0
   return normal(scale * (2 / (inward + outward // inward)) ** 0.5)
+
+
+def mup(
+  role: str,
+  shape: tuple,
+  axes: tuple,
+  embed: int,
+  residuals: int,
+  *,
+  base: Mapping[str, int],
+  recipe: Callable = gpt2,
+  zero: tuple = (),
+) -> param.Initializer:
+  """`recipe` in the base model, and what muP makes of it at another width: the standard deviation of hidden weights
+  divided by the root of the ratio of their fan-ins, that of output weights by the ratio, others as they were (Yang et
+  al. 2022, arXiv:2203.03466, table 3; the tied table of table 8 is an input weight).
+
+  base: the sizes of the axes that grow, as in core/widths.py; with `layers` among them the recipe is that of the base
+  depth too. zero: roles that begin at 0, `('query', 'head')` in the paper (appendix D.2). Use it with the same base in
+  `chain.make(scaling=mup.adam(base=...))`, with `SelfAttention(scale=widths.attention_scale(...))`, and where the head
+  is tied `Tied(multiplier=widths.head_multiplier(...))` without `scaled`.
+  """
+  for name in zero:
+    if name not in ROLES:
+      raise UserError(f'no role {name!r} of a weight to begin at zero; {nearest(name, ROLES)}')
+  ratio = widths.ratios(axes, shape, base)
+  if role in zero:
+    return param.zeros
+  small = widths.base_shape(axes, shape, base)
+  draw = recipe(role, small, axes, base.get('embed', embed), residuals / ratio.depth)
+  factor = ratio.inward ** (-1.0 if ratio.output else -0.5)
+  return lambda key, shape: factor * draw(key, shape)

@@ -58,6 +58,14 @@ def pre(x: jax.Array, sublayers: Sublayers, norm: Callable) -> jax.Array:
   return x
 
 
+def scaled(x: jax.Array, sublayers: Sublayers, norm: Callable, *, multiplier: float) -> jax.Array:
+  """x + multiplier * sublayer(norm(x)): `pre` with residual branches that shrink with depth, so that what one learning
+  rate does stays the same (Depth-muP, Yang et al. 2023, arXiv:2310.02244, eq. 1; `widths.residual_multiplier`)."""
+  for name, sublayer in sublayers:
+    x = x + jnp.asarray(multiplier, x.dtype) * sublayer(norm(f'{name}_norm')(x))
+  return x
+
+
 def post(x: jax.Array, sublayers: Sublayers, norm: Callable) -> jax.Array:
   """norm(x + sublayer(x)) (Vaswani et al. 2017, arXiv:1706.03762); build the model with `norm=None`."""
   for name, sublayer in sublayers:
@@ -101,6 +109,7 @@ def parallel_norms(x: jax.Array, sublayers: Sublayers, norm: Callable) -> jax.Ar
 # How many norms each topology makes for a block with so many sublayers.
 NORMS = dict(
   pre=lambda n: n,
+  scaled=lambda n: n,
   post=lambda n: n,
   deepnorm=lambda n: n,
   sandwich=lambda n: 2 * n,

@@ -44,6 +44,11 @@ def squared(rate: jax.Array, weight_decay: float) -> jax.Array:
   return rate * rate * weight_decay
 
 
+def unscaled(names: tuple, shape: tuple) -> float:
+  """One learning rate for every width."""
+  return 1.0
+
+
 def everything(names: tuple) -> bool:
   """Decay every parameter."""
   return True
@@ -69,6 +74,7 @@ def make(
   decay: Callable = decoupled,
   decayed: Callable = hidden_matrices,
   multipliers: tuple = (),
+  scaling: Callable = unscaled,
   ema: float | None = None,
 ) -> Optimizer:
   """The optimizer of parameters with these axis names.
@@ -76,8 +82,9 @@ def make(
   axes: tree like the parameters with tuples of names. rule: axes -> `rules.Rule`. schedule: step -> rate, step 0 for
   the first update. clip: the largest global norm of the gradients (over all shards). decay: (rate, weight_decay) -> the
   fraction of a parameter that a step takes away, if `decayed(its axis names)`. multipliers: ((regex on the path,
-  factor), ...) on the learning rate; the first that matches counts. ema: decay of an average of the parameters, kept
-  in the state.
+  factor), ...) on the learning rate; the first that matches counts. scaling: (axis names, shape) -> one more factor on
+  it, but not on the decay: what a step takes away depends on no width (see optim/mup.py). ema: decay of an average of
+  the parameters, kept in the state.
 
   The last rate is `optax.tree_utils.tree_get(state, 'learning_rate')`, the average `tree_get(state, 'ema')`.
   """
@@ -98,7 +105,9 @@ def make(
       grads, _ = optax.clip_by_global_norm(clip).update(grads, optax.EmptyState())
     rate = jnp.asarray(schedule(state.count), jnp.float32)
     rates = tree.map_paths(lambda path, _: rate * factors[path], params)
-    steps, rule_state = rule.update(grads, state.rule, params, rates)
+    steps, rule_state = rule.update(
+      grads, state.rule, params, _scaled(rates, names, params, scaling)
+    )
 
     def change(p: jax.Array, step: jax.Array, rate: jax.Array, names: tuple) -> jax.Array:
       if weight_decay and decayed(names):
@@ -148,6 +157,11 @@ def _factors(axes: Any, multipliers: tuple) -> dict[str, float]:
     (re.compile(''), 1.0),
   ]
   return {path: next(factor for pattern, factor in table if pattern.search(path)) for path in paths}
+
+
+def _scaled(rates: Any, names: Any, params: Any, scaling: Callable) -> Any:
+  """The rates times what follows from each parameter's axes and sizes."""
+  return jax.tree.map(lambda rate, n, p: rate * scaling(n, p.shape), rates, names, params)
 
 
 def _check(clip: float | None, weight_decay: float, ema: float | None) -> None:

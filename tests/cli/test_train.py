@@ -256,6 +256,7 @@ def run_two(workdir, *overrides):
     assert process.returncode == 0, f'{out[-1000:]}\n{err[-3000:]}'
 
 
+@pytest.mark.slow  # the next test has two processes too
 def test_two_processes_equal_one(finished, tmp_path):
   workdir = tmp_path / 'run'
   run_two(workdir)

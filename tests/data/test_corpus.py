@@ -75,7 +75,7 @@ def test_domains_hold_out_the_end_of_every_file(name, files):
 
 
 def test_domain_that_does_not_exist():
-  says('did you mean stories', lambda: tasks.domain(name='storys', vocab=BYTES))
+  says("did you mean 'stories'", lambda: tasks.domain(name='storys', vocab=BYTES))
 
 
 def test_jsonl(tmp_path):

@@ -14,6 +14,7 @@ from llm_jax.data import vocab as vocab_lib
 from llm_jax.decode import beam, generate
 from llm_jax.model import attention, block, ffn, moe, positions, transformer
 from llm_jax.model.recurrent import mamba, rwkv
+from tests.variants import variants
 
 VOCAB, EOS, KEY = 5, 1, jax.random.key(0)
 PROMPTS = np.array([[3, 2, 4], [4, 0, 0], [0, 0, 0]], np.int32)
@@ -98,7 +99,7 @@ PENALTIES = {
 }
 
 
-@pytest.mark.parametrize('kind', KINDS)
+@pytest.mark.parametrize('kind', variants(KINDS, ['causal', 'encoder_decoder', 'mamba']))
 def test_with_a_beam_for_every_prefix_it_is_exhaustive_search(kind):
   """The best 20 of all answers of up to 3 tokens, in order, under each length penalty."""
   model, params = make(kind)
@@ -184,7 +185,10 @@ def diverse(row: int, groups: int, width: int, max_new: int, strength: float) ->
   return beams
 
 
-@pytest.mark.parametrize(('groups', 'width', 'strength'), [(2, 2, 0.7), (3, 1, 5.0), (2, 2, 0.0)])
+GROUPS = [(2, 2, 0.7), (3, 1, 5.0), (2, 2, 0.0)]
+
+
+@pytest.mark.parametrize(('groups', 'width', 'strength'), variants(GROUPS, [(2, 2, 0.7)]))
 def test_diverse_groups_are_the_algorithm_of_the_paper(groups, width, strength):
   model, params = make('causal')
   settings = dict(max_new=4, eos=None, length_penalty=beam.none)

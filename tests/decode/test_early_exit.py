@@ -1,5 +1,7 @@
 """Tokens that leave the stack early, against layers run one by one in Python."""
 
+import itertools
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -9,6 +11,7 @@ from llm_jax.core.errors import UserError
 from llm_jax.decode import early_exit, generate
 from llm_jax.model import depth
 from tests.decode.kinds import KEY, make, pad
+from tests.variants import variants
 
 PROMPTS = [[7, 2, 3, 5, 2, 3], [1], [6], [8, 8, 3]]
 NEW, LAYERS = 7, 4
@@ -102,8 +105,12 @@ RULES = dict(
 )
 
 
-@pytest.mark.parametrize('name', RULES)
-@pytest.mark.parametrize('kind', ['causal', 'recurrent'])
+BOTH = list(itertools.product(('causal', 'recurrent'), RULES))
+
+
+@pytest.mark.parametrize(
+  ('kind', 'name'), variants(BOTH, [('causal', 'similar'), ('recurrent', 'schedule')])
+)
 def test_tokens_leave_where_the_rule_says_and_leave_their_states_behind(kind, name):
   model, params = make(kind, layers=LAYERS)
   rule, own = RULES[name]

@@ -22,6 +22,7 @@ from llm_jax.objectives import language, loss, policy, sequence
 from tests.model.test_scalar import make as plain
 from tests.objectives import make_policy_reference as oracle
 from tests.objectives.test_trl import FRESH, MODELS, loaded
+from tests.variants import variants
 
 HERE = pathlib.Path(__file__).parent
 STORED = pathlib.Path(FRESH) / 'policy.safetensors' if FRESH else HERE / 'policy.safetensors'
@@ -71,7 +72,7 @@ CASES = {
 }
 
 
-@pytest.mark.parametrize('case', CASES)
+@pytest.mark.parametrize('case', variants(CASES, ['grpo', 'ppo']))  # `make parity`: all
 def test_losses_and_gradients_are_trls(case):
   (model, params), (objective, hyper) = loaded(), CASES[case]
   batch = told(oracle.per_token() if case == 'ppo' else oracle.ADVANTAGES)
@@ -162,7 +163,7 @@ def test_there_is_no_gradient_behind_the_clip(name, sign):
     assert float(out.metrics['clipped'] / out.weight) == pytest.approx(float(still), abs=1e-6)
 
 
-@pytest.mark.parametrize('name', ALL)
+@pytest.mark.parametrize('name', variants(ALL, ['ppo', 'grpo']))
 def test_parts_of_a_batch_add_up(name):
   """Law 3: sums and weights of any split are those of the whole, so microbatches change nothing."""
   model, params = with_head()

@@ -17,6 +17,7 @@ from llm_jax.objectives import feedback, preference, ranking, reward
 from llm_jax.train import state as state_lib
 from llm_jax.train import step
 from tests.objectives import pairs
+from tests.variants import variants
 
 CLOSE = dict(rtol=2e-5, atol=2e-5)
 
@@ -278,7 +279,7 @@ EVERY = {
 }
 
 
-@pytest.mark.parametrize('name', EVERY)
+@pytest.mark.parametrize('name', variants(EVERY, ['dpo', 'kto', 'rrhf', 'quark']))
 def test_microbatches_agree(name):
   """One step of SGD and its metrics with 1, 2 and 4 microbatches; one row of the four is padding."""
   objective, make = EVERY[name]

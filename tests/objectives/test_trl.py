@@ -19,6 +19,7 @@ from llm_jax.interop import families, huggingface
 from llm_jax.model import scalar
 from llm_jax.objectives import language, preference, reward
 from tests.objectives import make_reference as oracle
+from tests.variants import variants
 
 HERE = pathlib.Path(__file__).parent
 FRESH = os.environ.get('LLM_JAX_REFERENCE')
@@ -105,37 +106,41 @@ def test_fine_tuning():
   check('sft', *loaded(), language.next_token, text(rows))
 
 
-@pytest.mark.parametrize(
-  ('case', 'objective', 'hyper'),
-  [
-    ('dpo', preference.dpo, {}),
-    ('dpo_hinge', preference.hinge_dpo, {}),
-    ('dpo_ipo', preference.ipo, {}),
-    ('dpo_robust', preference.robust_dpo, dict(label_smoothing=0.2)),
-  ],
+DPO = dict(
+  dpo=(preference.dpo, {}),
+  dpo_hinge=(preference.hinge_dpo, {}),
+  dpo_ipo=(preference.ipo, {}),
+  dpo_robust=(preference.robust_dpo, dict(label_smoothing=0.2)),
 )
-def test_the_dpo_family(case, objective, hyper):
+
+
+@pytest.mark.parametrize('case', variants(DPO, ['dpo']))  # `make parity` runs them all
+def test_the_dpo_family(case):
+  objective, hyper = DPO[case]
   batch = with_reference(sides(oracle.pairs()))
   check(case, *loaded(), objective, batch, beta=0.3, **hyper)
 
 
-@pytest.mark.parametrize(
-  ('case', 'hyper'), [('kto', {}), ('kto_weighted', dict(desirable=1.5, undesirable=0.5))]
-)
-def test_kto(case, hyper):
+KTO = dict(kto={}, kto_weighted=dict(desirable=1.5, undesirable=0.5))
+
+
+@pytest.mark.parametrize('case', variants(KTO, ['kto_weighted']))
+def test_kto(case):
+  hyper = KTO[case]
   assert expected()['kto_reference/kl'] > 0.1  # or the clamp would hide a wrong one
   check(case, *loaded(), preference.kto, singles(), beta=0.3, **hyper)
 
 
-@pytest.mark.parametrize(
-  ('case', 'objective', 'hyper'),
-  [
-    ('cpo', preference.cpo, dict(beta=0.3)),
-    ('cpo_smoothed', preference.cpo, dict(beta=0.3, nll=0.0, label_smoothing=0.2)),
-    ('simpo', preference.simpo, dict(beta=2.0, gamma=0.7)),
-  ],
+WITHOUT = dict(
+  cpo=(preference.cpo, dict(beta=0.3)),
+  cpo_smoothed=(preference.cpo, dict(beta=0.3, nll=0.0, label_smoothing=0.2)),
+  simpo=(preference.simpo, dict(beta=2.0, gamma=0.7)),
 )
-def test_without_a_reference(case, objective, hyper):
+
+
+@pytest.mark.parametrize('case', variants(WITHOUT, ['simpo']))
+def test_without_a_reference(case):
+  objective, hyper = WITHOUT[case]
   check(case, *loaded(), objective, sides(oracle.pairs()), **hyper)
 
 
@@ -150,10 +155,12 @@ def test_orpo():
   check('orpo', *loaded(), preference.orpo, sides(oracle.pairs(prompt=1)), beta=0.3)
 
 
-@pytest.mark.parametrize(
-  ('case', 'hyper'), [('reward', {}), ('reward_margin', {}), ('reward_centred', dict(centre=0.05))]
-)
-def test_reward_models(case, hyper):
+REWARD = dict(reward={}, reward_margin={}, reward_centred=dict(centre=0.05))
+
+
+@pytest.mark.parametrize('case', variants(REWARD, ['reward_margin']))
+def test_reward_models(case):
+  hyper = REWARD[case]
   model, params = loaded()
   head = dict(w=jnp.asarray(expected()['head/weight'][0]), bias=jnp.zeros(()))
   batch = sides(oracle.pairs(), end=True)

@@ -1,6 +1,7 @@
 """The chain against optax's own compositions; masks, multipliers, averages; where the state lives."""
 
 import functools
+import itertools
 
 import jax
 import jax.numpy as jnp
@@ -13,6 +14,7 @@ from llm_jax.core.config import build, use
 from llm_jax.core.errors import UserError
 from llm_jax.optim import chain, rules, schedules
 from llm_jax.optim.adafactor import adafactor
+from tests.variants import variants
 
 AXES = {
   'embedding': {'table': ('vocab', 'embed')},
@@ -231,9 +233,13 @@ def test_175b_needs_no_memory_to_plan():
   ) == jax.tree.structure(t5)
 
 
-@pytest.mark.parametrize('explicit', [False, True])
-@pytest.mark.parametrize('zero', ['ZERO1', 'ZERO3'])
-@pytest.mark.parametrize('name', ['adamw', 't5'])
+SHARDED = list(itertools.product(('adamw', 't5'), ('ZERO1', 'ZERO3'), (False, True)))
+
+
+@pytest.mark.parametrize(
+  ('name', 'zero', 'explicit'),
+  variants(SHARDED, [('adamw', 'ZERO1', False), ('t5', 'ZERO3', True)]),
+)
 def test_devices(name, zero, explicit):
   """Parameters, gradients and state split over eight devices: the updates of one, and state where the rules put it."""
   tx = chain.make(AXES, rule=RULES[name], schedule=RATE, weight_decay=0.1, ema=0.9)

@@ -201,7 +201,7 @@ def test_quark_reads_its_token_and_the_reference_does_not():
   ('wrap', 'objective', 'sides'),
   [
     (annotate.with_reference, preference.dpo, ('chosen', 'rejected')),
-    (annotate.with_kl, preference.kto, ('',)),
+    pytest.param(annotate.with_kl, preference.kto, ('',), marks=pytest.mark.slow),
   ],
 )
 def test_a_resumed_run_is_the_run_that_was_not_stopped(tmp_path, wrap, objective, sides):

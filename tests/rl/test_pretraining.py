@@ -42,6 +42,7 @@ def updated(batch, params, microbatches):
   return update(begin, batch, jax.random.key(0))
 
 
+@pytest.mark.slow
 def test_ptx_counts_as_a_mean_per_token_for_any_number_of_microbatches():
   params = toys.start(0)
   batch = make_source()(State(None, params, None))

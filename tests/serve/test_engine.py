@@ -17,6 +17,7 @@ from llm_jax.model.recurrent import mamba
 from llm_jax.serve.device import slot_bytes
 from llm_jax.serve.engine import Engine
 from llm_jax.serve.requests import Full, Request
+from tests.variants import variants
 
 VOCAB, LENGTH, EMBED, PAGES = 96, 160, 64, 80
 DRAWN = Sampling(temperature=0.9, top_p=0.95)
@@ -80,7 +81,10 @@ MIXED = [
 ]
 
 
-@pytest.mark.parametrize('kind', ['attention', 'window', 'mamba', 'experts'])
+KINDS = ('attention', 'window', 'mamba', 'experts')
+
+
+@pytest.mark.parametrize('kind', variants(KINDS, ['attention', 'mamba']))
 def test_answers_are_those_of_generate(kind):
   model, params = make(kind)
   asked = [MIXED[i]._replace(bias=(), top=0) for i in range(6)]

@@ -15,6 +15,7 @@ from llm_jax.objectives import language
 from llm_jax.optim import adafactor, chain, rules, schedules
 from llm_jax.train import state as state_lib
 from llm_jax.train import step
+from tests.variants import variants
 
 LAYERS, ROWS, LENGTH, VOCAB = 2, 8, 8, 64
 MESHES = {
@@ -137,7 +138,7 @@ def test_microbatches_and_unrolled_layers_on_a_mesh():
   assert_same(found, alone())
 
 
-@pytest.mark.parametrize('explicit', [False, True])
+@pytest.mark.parametrize('explicit', variants([False, True], [True]))
 def test_one_group_of_keys_is_kept_whole_under_tensor_parallelism(explicit):
   """Multi-query attention (Shazeer 2019): a table that does not split the axis `groups`, for every kind of array."""
   table = {kind: dict(names, groups=()) for kind, names in mesh.ZERO3.items()}
@@ -151,8 +152,12 @@ SPARSE = dict(
 )
 
 
-@pytest.mark.parametrize('explicit', [False, True])
-@pytest.mark.parametrize('name', SPARSE)
+KERNELS = [('banded', False), ('banded', True), ('dilated', False), ('dilated', True)]
+
+
+@pytest.mark.parametrize(
+  ('name', 'explicit'), variants(KERNELS, [('banded', True), ('dilated', False)])
+)
 def test_sparse_attention_on_a_mesh(name, explicit):
   found = train(dict(data=2, tensor=2), mesh.ZERO3, explicit=explicit, updates=2, **SPARSE[name])
   assert_same(found, train(dict(data=1), mesh.ZERO3, updates=2, **SPARSE[name]))

@@ -1,0 +1,128 @@
+"""Three tasks with known answers in a vocabulary of 64 tokens, in rows of 24.
+
+addition        4 7 3 + 1 9 8 = 1 7 6 0     the sum's digits, the last one first (Lee et al. 2023, arXiv:2307.03381)
+threshold       3n 9y cy 5n ay 2n by 0n 7 y 1 n 4 n e y     eight labelled points of a line, then four to label: where
+                it turns, and which side is y, is drawn for each row, so it must be learned in context
+misconceptions  k c ? y     a fact about each of 256 subjects, which four texts out of five get wrong
+
+The last is an inverse-scaling task: a model that knows its texts better is right less often (TruthfulQA, Lin et al.
+2022, arXiv:2109.07958).
+"""
+
+from typing import Any, NamedTuple
+
+import numpy as np
+
+from llm_jax.data import pipeline
+
+DIGIT, KEY = 1, 11  # the first of 10 digits, of 16 keys; 0 is padding and what a row begins with
+PLUS, EQUALS, QUESTION, NO, YES, LABELLED, VOCAB = (
+  27,
+  28,
+  29,
+  30,
+  31,
+  32,
+  64,
+)  # LABELLED: of 32 points
+LENGTH, KEYS, POINTS, ASKED = 24, 16, 8, 4
+WRONG = 0.8  # of the texts about a subject
+DIGITS = 3
+
+
+class Examples(NamedTuple):
+  """tokens: int32 [n, LENGTH], 0 after the end. answer: bool [n, LENGTH], the tokens that count."""
+
+  tokens: np.ndarray
+  answer: np.ndarray
+
+
+def addition(rng: np.random.Generator, n: int, *, heldout: bool, digits: int = DIGITS) -> Examples:
+  """Sums of two numbers below 10^digits. One pair in 16 is held out, by a hash."""
+  top = 10**digits
+  a, b = rng.integers(0, top, (2, 2 * n * (16 if heldout else 1) + 64))
+  kept = np.flatnonzero((((a * top + b) * 2654435761 % 2**32) < 2**28) == heldout)[:n]
+  a, b = a[kept], b[kept]
+  spell = lambda x, places: x[:, None] // 10 ** np.array(places) % 10 + DIGIT
+  parts = [
+    spell(a, range(digits)[::-1]),
+    np.full((n, 1), PLUS),
+    spell(b, range(digits)[::-1]),
+    np.full((n, 1), EQUALS),
+    spell(a + b, range(digits + 1)),
+  ]
+  return _rows(parts, answers=range(2 * digits + 2, 3 * digits + 3))
+
+
+def threshold(rng: np.random.Generator, n: int) -> Examples:
+  """POINTS of 0 .. KEYS - 1 as tokens that have their label, then ASKED others with the label after them."""
+  x = np.argsort(rng.random((n, KEYS)), 1)[:, : POINTS + ASKED]
+  turn, flip = rng.integers(1, KEYS, (n, 1)), rng.integers(0, 2, (n, 1))
+  label = (x >= turn).astype(int) ^ flip
+  shown = LABELLED + 2 * x[:, :POINTS] + label[:, :POINTS]
+  asked = np.stack([x + KEY, np.where(label, YES, NO)], 2)[:, POINTS:].reshape(n, -1)
+  return _rows([shown, asked], answers=range(POINTS + 1, POINTS + 2 * ASKED, 2))
+
+
+def misconceptions(rng: np.random.Generator, n: int, *, wrong: float) -> Examples:
+  """A question about a subject; the answer is wrong with this probability. 0: the truth."""
+  subject = rng.integers(0, KEYS**2, n)
+  truth = np.random.default_rng(0).integers(0, 2, KEYS**2)[subject] ^ (rng.random(n) < wrong)
+  parts = [
+    subject // KEYS + KEY,
+    subject % KEYS + KEY,
+    np.full(n, QUESTION),
+    np.where(truth, YES, NO),
+  ]
+  return _rows([x[:, None] for x in parts], answers=[3])
+
+
+def _rows(parts: list[np.ndarray], answers: Any) -> Examples:
+  found = np.concatenate(parts, 1)
+  tokens = np.zeros((len(found), LENGTH), np.int32)
+  tokens[:, : found.shape[1]] = found
+  answer = np.zeros(tokens.shape, bool)
+  answer[:, list(answers)] = True
+  return Examples(tokens, answer)
+
+
+def batch_of(some: Examples) -> pipeline.Batch:
+  """What a model reads and predicts; only answers count."""
+  inputs = np.pad(some.tokens, ((0, 0), (1, 0)))[:, :-1]
+  return dict(inputs=inputs, targets=some.tokens, weights=some.answer.astype(np.float32))
+
+
+def heldout(n: int, seed: int = 10**6) -> dict[str, Examples]:
+  """Task -> n examples that are not trained on (of `misconceptions`: the truth)."""
+  rng = np.random.default_rng(seed)
+  return dict(
+    addition=addition(rng, n, heldout=True),
+    threshold=threshold(rng, n),
+    misconceptions=misconceptions(rng, n, wrong=0.0),
+  )
+
+
+class Source:
+  """Three rows of eight additions, three thresholds, two misconceptions, drawn by (seed, number of the batch). Short
+  examples follow one another in a row."""
+
+  def __init__(self, rows: int, seed: int):
+    self._eighth, self._seed, self._count = rows // 8, seed, 0
+
+  def __call__(self, state: Any = None) -> pipeline.Batch:
+    """The next batch."""
+    rng, n = np.random.default_rng([self._seed, self._count]), self._eighth
+    self._count += 1
+    parts = (
+      _packed(addition(rng, 6 * n, heldout=False), 2),
+      threshold(rng, 3 * n),
+      _packed(misconceptions(rng, 12 * n, wrong=WRONG), 6),
+    )
+    return batch_of(Examples(*(np.concatenate(x) for x in zip(*parts, strict=True))))
+
+
+def _packed(some: Examples, times: int) -> Examples:
+  """`times` examples to a row."""
+  used = int((some.tokens > 0).sum(1).max())
+  rows = [x[:, :used].reshape(-1, times * used) for x in some]
+  return Examples(*(np.pad(x, ((0, 0), (0, LENGTH - times * used))) for x in rows))

@@ -1,0 +1,102 @@
+"""The tasks of experiments/emergence have the right answers, and its shipped results show what its README says."""
+
+import itertools
+import json
+import pathlib
+
+import numpy as np
+import pytest
+
+from experiments.emergence import data, report
+from llm_jax.scaling import emergence
+
+SHIPPED = pathlib.Path(report.__file__).with_name('results.json')
+
+
+def digits(tokens):
+  return [int(t) - data.DIGIT for t in tokens]
+
+
+def test_additions_are_right_and_what_is_held_out_is_never_trained():
+  rng, pairs = np.random.default_rng(0), []
+  for heldout in (True, False):
+    some, seen = data.addition(rng, 300, heldout=heldout), set()
+    for tokens, answer in zip(some.tokens, some.answer):
+      plus, equals = tokens.tolist().index(data.PLUS), tokens.tolist().index(data.EQUALS)
+      number = lambda part: int(''.join(map(str, digits(part))))
+      a, b = number(tokens[:plus]), number(tokens[plus + 1 : equals])
+      assert number(tokens[answer][::-1]) == a + b
+      seen.add((a, b))
+    pairs.append(seen)
+  assert not pairs[0] & pairs[1] and len(pairs[1]) > 250
+
+
+def test_labels_turn_once():
+  some, sides = data.threshold(np.random.default_rng(1), 200), []
+  for tokens, answer in zip(some.tokens, some.answer):
+    shown = [divmod(int(t) - data.LABELLED, 2) for t in tokens[: data.POINTS]]
+    at = np.flatnonzero(answer)
+    asked = [(int(tokens[i - 1]) - data.KEY, int(tokens[i] == data.YES)) for i in at]
+    assert len(asked) == data.ASKED and {*tokens[at].tolist()} <= {data.YES, data.NO}
+    assert len({x for x, _ in shown + asked}) == data.POINTS + data.ASKED
+    labels = [label for _, label in sorted(shown + asked)]
+    assert sum(a != b for a, b in itertools.pairwise(labels)) <= 1
+    sides.append(labels[0])
+  assert 0.3 < np.mean(sides) < 0.7
+
+
+def test_most_texts_are_wrong_about_a_fact():
+  rng = np.random.default_rng(2)
+  truth = {tuple(t[:2]): t[3] for t in data.misconceptions(rng, 5000, wrong=0.0).tokens}
+  assert len(truth) == data.KEYS**2 and set(truth.values()) == {data.YES, data.NO}
+  said = data.misconceptions(rng, 5000, wrong=data.WRONG).tokens
+  wrong = np.mean([truth[tuple(t[:2])] != t[3] for t in said])
+  assert abs(wrong - data.WRONG) < 4 * np.sqrt(0.16 / 5000)
+
+
+def test_a_batch_is_packed_and_only_answers_count():
+  source, again = data.Source(16, 3), data.Source(16, 3)
+  batch = source()
+  np.testing.assert_array_equal(batch['targets'], again()['targets'])
+  assert (source()['targets'] != batch['targets']).any()
+  np.testing.assert_array_equal(batch['inputs'][:, 1:], batch['targets'][:, :-1])
+  assert batch['targets'].shape == (16, data.LENGTH) and batch['targets'].max() < data.VOCAB
+  assert batch['weights'].sum(1).tolist() == [8] * 6 + [4] * 6 + [6] * 4
+
+
+@pytest.fixture(scope='module')
+def shipped():
+  return json.loads(SHIPPED.read_text(encoding='utf-8'))
+
+
+def test_shipped_metrics_agree_with_one_another(shipped):
+  """Whatever a model is: the mean of a product is at most the smallest factor's, and at least e to the mean log."""
+  sizes = [one['parameters'] for one in shipped['runs']]
+  assert (
+    len(sizes) == 5
+    and sizes == sorted(sizes)
+    and len({one['steps'] for one in shipped['runs']}) == 1
+  )
+  for one in shipped['runs']:
+    for mark in one['marks']:
+      for task in report.TITLES:
+        told = mark[task]
+        length, edits = told['length'], told['token_edit_distance']
+        assert 0 <= told['exact_match'] <= told['token_accuracy'] <= 1 and 0 <= told['brier'] <= 2
+        assert told['probability'] >= np.exp(told['log_likelihood'] * length) - 1e-9
+        assert (
+          (1 - told['exact_match']) - 1e-9 <= edits <= length * (1 - told['exact_match']) + 1e-9
+        )
+  again = report.summarise(shipped['runs'])
+  assert again['sharpness'] == pytest.approx(shipped['sharpness'])
+
+
+def test_exact_match_is_the_power_of_a_token(shipped):
+  """Schaeffer et al.: the jump of exact match is that of p^L, over all checkpoints of all sizes."""
+  for task in ('addition', 'threshold'):
+    marks = [mark[task] for one in shipped['runs'] for mark in one['marks']]
+    p = np.array([one['token_accuracy'] for one in marks])
+    match = np.array([one['exact_match'] for one in marks])
+    expected = emergence.whole(p, marks[0]['length'])
+    assert np.corrcoef(expected, match)[0, 1] > 0.9
+    assert np.abs(match - expected).mean() < np.abs(match - p).mean() / 2
