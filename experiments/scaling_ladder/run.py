@@ -1,7 +1,6 @@
 r"""A ladder of small models, its three laws, and the largest run predicted before it is trained.
 
   .venv/bin/python -m experiments.scaling_ladder.run --out=runs/ladder
-  .venv/bin/python -m experiments.scaling_ladder.run --quick
 
 Every part of it goes on where it was when it is run again. Writes what this folder ships: results.jsonl, fit.json,
 fit.png, prediction.json (before the last run) and heldout.jsonl (after it).
@@ -22,7 +21,7 @@ from llm_jax.model import count
 from llm_jax.scaling import ladder, sweep, workers
 
 CONFIG = 'configs/scaling/isoflop.py'
-SMALLEST, LARGEST = 1e11, 6e12  # FLOPs of the smallest budget, and of the run that is predicted
+LARGEST = 6e12  # FLOPs of the run that is predicted, 6 N D
 
 
 def main() -> None:
@@ -30,12 +29,10 @@ def main() -> None:
   parser = argparse.ArgumentParser()
   parser.add_argument('--out', default='runs/ladder', help='where everything goes')
   parser.add_argument('--workers', type=int, default=2, help='processes')
-  parser.add_argument('--quick', action='store_true', help='a fiftieth of the budgets')
   told = parser.parse_args()
-  begin, out, scale = time.perf_counter(), told.out, 0.02 if told.quick else 1.0
-  sweep_config = f'--config={CONFIG}:budget={SMALLEST * scale:g}'
-  _done(['sweep', sweep_config, f'--workdir={out}', f'--workers={told.workers}'])
-  fit = ['fit', f'--workdir={out}', f'--budget={LARGEST * scale:g}']
+  begin, out = time.perf_counter(), told.out
+  _done(['sweep', f'--config={CONFIG}', f'--workdir={out}', f'--workers={told.workers}'])
+  fit = ['fit', f'--workdir={out}', f'--budget={LARGEST:g}']
   _done(fit)
   cell = announce(out)
   sweep.work(f'{out}/heldout', [cell], workers.logged(train.run))

@@ -1,10 +1,11 @@
 """Sweeps: many trainings that differ in a few arguments, each a cell with a folder of its own.
 
-`DIR/cells/NAME` is what `llm-jax train` makes of the cell's config, with three files of ours: `lock`, held (flock) by
-the process that trains the cell and freed by the system when that dies; `result.json`, the cell's line of the table;
-`failed.json`, why there is none. A cell is done when it has a result, whoever trained it. `DIR/results.jsonl` is made
-anew of all results each time there is one more, so it can hold no cell twice. The folder may be shared by machines if
-their file system passes locks on (NFS does since version 4); where it does not, give every machine its own index.
+`DIR/cells/NAME` is what `llm-jax train` makes of the cell's config, with files of ours: `lock`, held (flock) by the
+process that trains the cell and freed by the system when that dies; `begun`, a byte for every attempt that nothing came
+of yet; `result.json`, the cell's line of the table; `failed.json`, why there is none. A cell is done when it has a
+result, whoever trained it. `DIR/results.jsonl` is made anew of all results each time there is one more, so it can hold
+no cell twice. The folder may be shared by machines if their file system passes locks on (NFS does since version 4);
+where it does not, give every machine its own index.
 """
 
 import contextlib

@@ -165,6 +165,24 @@ def test_evaluate_may_stop_after_some_batches(tmp_path):
   assert drawn == [0, 1]
 
 
+@pytest.mark.parametrize(('stride', 'most', 'read'), [(2, None, [0, 2]), (2, 1, [0]), (3, 2, [0])])
+def test_evaluate_may_read_a_stride_of_the_batches(stride, most, read, tmp_path):
+  hook = hooks.evaluate(
+    fake_run(tmp_path),
+    source=lambda model: HeldOut(batches()),
+    objective=objective,
+    every=4,
+    stride=stride,
+    batches=most,
+  )
+  hook(4, make().replace(params=dict(w=jnp.zeros(3))), {})
+  (line,) = lines(tmp_path)
+  targets, weights = (np.stack([batches()[i][k] for i in read]) for k in ('targets', 'weights'))
+  assert line['heldout/nats_per_token'] == pytest.approx(
+    (targets * weights).sum() / weights.sum(), rel=1e-6
+  )
+
+
 def test_evaluate_without_weights_counts_everything(tmp_path):
   made = [{k: v for k, v in b.items() if k != 'weights'} for b in batches()]
 
