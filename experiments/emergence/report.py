@@ -10,11 +10,11 @@ import numpy as np
 from llm_jax.scaling import emergence
 
 TITLES = dict(
-  addition='adding (4 tokens)',
-  threshold='learning in context (4 tokens)',
+  addition='adding (3 tokens)',
+  recall='recall in context (4 tokens)',
   misconceptions='facts that texts get wrong (1 token)',
 )
-STYLES = dict(addition=('-', 'o'), threshold=('--', 's'), misconceptions=(':', '^'))
+STYLES = dict(addition=('-', 'o'), recall=('--', 's'), misconceptions=(':', '^'))
 
 
 def summarise(runs: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
@@ -42,7 +42,7 @@ def predictions(runs: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
   """The largest run's probability of a right answer, from a power law of -log p through the smaller ones."""
   size = np.array([one['parameters'] for one in runs], float)
   told = {}
-  for task in ('addition', 'threshold'):
+  for task in ('addition', 'recall'):
     nats = -metric(runs, task, 'log_likelihood')  # per token
     length = runs[0]['marks'][-1][task]['length']
     law = emergence.predict(size[:-1], np.exp(-nats[:-1] * length))
@@ -98,17 +98,29 @@ def by_size(panel: Any, summary: Mapping[str, Any], name: str, label: str) -> No
   panel.set_title(name.replace('_', ' '), fontsize=10)
 
 
+def token(marks: Sequence[Mapping[str, Any]]) -> np.ndarray:
+  """The accuracy of a token: the geometric mean over the positions of an answer, whose power is the product."""
+  p = np.array([one['position_accuracy'] for one in marks])
+  return p.prod(1) ** (1 / p.shape[1])
+
+
 def by_token(panel: Any, summary: Mapping[str, Any]) -> None:
-  """Every checkpoint of every size: exact match against token accuracy, beside p^L."""
+  """Every checkpoint of every size: exact match against the accuracy of a token, beside p^L."""
   p = np.linspace(0, 1, 101)
-  for task in ('addition', 'threshold'):
+  for task in ('addition', 'recall'):
     line, mark = STYLES[task]
     marks = [m[task] for one in summary['runs'] for m in one['marks']]
     length = marks[0]['length']
     panel.plot(p, emergence.whole(p, length), line, color='black', linewidth=1, label=f'p^{length}')
-    x, y = ([m[k] for m in marks] for k in ('token_accuracy', 'exact_match'))
-    panel.plot(x, y, mark, color='black', markerfacecolor='0.8', label=task)
-  panel.set_xlabel('token accuracy p', fontsize=9)
+    panel.plot(
+      token(marks),
+      [m['exact_match'] for m in marks],
+      mark,
+      color='black',
+      markerfacecolor='0.8',
+      label=task,
+    )
+  panel.set_xlabel('accuracy of a token p (geometric mean)', fontsize=9)
   panel.set_ylabel('exact match, share of answers', fontsize=9)
   panel.set_title('all checkpoints', fontsize=10)
   panel.legend(fontsize=7, frameon=False)
