@@ -66,12 +66,8 @@ def shipped():
 
 def test_shipped_metrics_agree_with_one_another(shipped):
   """Whatever a model is: the mean of a product is at most the smallest factor's, and at least e to the mean log."""
-  sizes = [one['parameters'] for one in shipped['runs']]
-  assert (
-    len(sizes) == 5
-    and sizes == sorted(sizes)
-    and len({one['steps'] for one in shipped['runs']}) == 1
-  )
+  assert len(report.sizes(shipped['runs'])) >= 5
+  assert len({one['steps'] for one in shipped['runs']}) == 1  # the same tokens
   for one in shipped['runs']:
     for mark in one['marks']:
       for task in report.TITLES:
@@ -79,9 +75,8 @@ def test_shipped_metrics_agree_with_one_another(shipped):
         length, edits = told['length'], told['token_edit_distance']
         assert 0 <= told['exact_match'] <= told['token_accuracy'] <= 1 and 0 <= told['brier'] <= 2
         assert told['probability'] >= np.exp(told['log_likelihood'] * length) - 1e-9
-        assert (
-          (1 - told['exact_match']) - 1e-9 <= edits <= length * (1 - told['exact_match']) + 1e-9
-        )
+        wrong = 1 - told['exact_match']
+        assert wrong - 1e-9 <= edits <= length * wrong + 1e-9
   again = report.summarise(shipped['runs'])
   assert again['sharpness'] == pytest.approx(shipped['sharpness'])
 
@@ -92,6 +87,6 @@ def test_exact_match_is_the_power_of_a_token(shipped):
     marks = [mark[task] for one in shipped['runs'] for mark in one['marks']]
     p = report.token(marks)
     match = np.array([one['exact_match'] for one in marks])
-    expected = emergence.whole(p, marks[0]['length'])
+    expected = emergence.whole(p, marks[0]['length'])  # the product over the positions
     assert np.corrcoef(expected, match)[0, 1] > 0.9
     assert np.abs(match - expected).mean() < np.abs(match - p).mean() / 2
