@@ -1,8 +1,8 @@
-"""Three tasks with known answers in a vocabulary of 64 tokens, in rows of 24.
+"""Three tasks with known answers in a vocabulary of 96 tokens, in rows of 20.
 
-addition        4 7 3 + 1 9 8 = 1 7 6 0     the sum's digits, the last one first (Lee et al. 2023, arXiv:2307.03381)
-threshold       3n 9y cy 5n ay 2n by 0n 7 y 1 n 4 n e y     eight labelled points of a line, then four to label: where
-                it turns, and which side is y, is drawn for each row, so it must be learned in context
+addition        4 7 + 1 9 = 6 6 0     the sum's digits, the last one first (Lee et al. 2023, arXiv:2307.03381)
+recall          k3 c0 a1 p0 d2 b2 n1 e0 c 0 n 1 k 3 d 2     eight tokens of a key and its value, then the values of four
+                of the keys: what goes with a key is drawn for each row, so it must be learned in context
 misconceptions  k c ? y     a fact about each of 256 subjects, which four texts out of five get wrong
 
 The last is an inverse-scaling task: a model that knows its texts better is right less often (TruthfulQA, Lin et al.
@@ -16,18 +16,18 @@ import numpy as np
 from llm_jax.data import pipeline
 
 DIGIT, KEY = 1, 11  # the first of 10 digits, of 16 keys; 0 is padding and what a row begins with
-PLUS, EQUALS, QUESTION, NO, YES, LABELLED, VOCAB = (
+PLUS, EQUALS, QUESTION, NO, YES, PAIR, VOCAB = (
   27,
   28,
   29,
   30,
   31,
   32,
-  64,
-)  # LABELLED: of 32 points
-LENGTH, KEYS, POINTS, ASKED = 24, 16, 8, 4
+  96,
+)  # PAIR: of 64 keys with a value
+LENGTH, KEYS, VALUES, SHOWN, ASKED = 20, 16, 4, 8, 4
 WRONG = 0.8  # of the texts about a subject
-DIGITS = 3
+DIGITS = 2
 
 
 class Examples(NamedTuple):
@@ -54,14 +54,16 @@ def addition(rng: np.random.Generator, n: int, *, heldout: bool, digits: int = D
   return _rows(parts, answers=range(2 * digits + 2, 3 * digits + 3))
 
 
-def threshold(rng: np.random.Generator, n: int) -> Examples:
-  """POINTS of 0 .. KEYS - 1 as tokens that have their label, then ASKED others with the label after them."""
-  x = np.argsort(rng.random((n, KEYS)), 1)[:, : POINTS + ASKED]
-  turn, flip = rng.integers(1, KEYS, (n, 1)), rng.integers(0, 2, (n, 1))
-  label = (x >= turn).astype(int) ^ flip
-  shown = LABELLED + 2 * x[:, :POINTS] + label[:, :POINTS]
-  asked = np.stack([x + KEY, np.where(label, YES, NO)], 2)[:, POINTS:].reshape(n, -1)
-  return _rows([shown, asked], answers=range(POINTS + 1, POINTS + 2 * ASKED, 2))
+def recall(rng: np.random.Generator, n: int) -> Examples:
+  """SHOWN tokens, each a key with its value, then ASKED of the keys with the value after them."""
+  keys = np.argsort(rng.random((n, KEYS)), 1)[:, :SHOWN]
+  values = rng.integers(0, VALUES, (n, SHOWN))
+  asked = np.argsort(rng.random((n, SHOWN)), 1)[:, :ASKED]
+  pick = lambda x: np.take_along_axis(x, asked, 1)
+  both = np.stack([pick(keys) + KEY, pick(values) + DIGIT], 2).reshape(n, -1)
+  return _rows(
+    [PAIR + VALUES * keys + values, both], answers=range(SHOWN + 1, SHOWN + 2 * ASKED, 2)
+  )
 
 
 def misconceptions(rng: np.random.Generator, n: int, *, wrong: float) -> Examples:
@@ -97,13 +99,13 @@ def heldout(n: int, seed: int = 10**6) -> dict[str, Examples]:
   rng = np.random.default_rng(seed)
   return dict(
     addition=addition(rng, n, heldout=True),
-    threshold=threshold(rng, n),
+    recall=recall(rng, n),
     misconceptions=misconceptions(rng, n, wrong=0.0),
   )
 
 
 class Source:
-  """Three rows of eight additions, three thresholds, two misconceptions, drawn by (seed, number of the batch). Short
+  """Three rows of eight additions, three recall, two misconceptions, drawn by (seed, number of the batch). Short
   examples follow one another in a row."""
 
   def __init__(self, rows: int, seed: int):
@@ -115,8 +117,8 @@ class Source:
     self._count += 1
     parts = (
       _packed(addition(rng, 6 * n, heldout=False), 2),
-      threshold(rng, 3 * n),
-      _packed(misconceptions(rng, 12 * n, wrong=WRONG), 6),
+      recall(rng, 3 * n),
+      _packed(misconceptions(rng, 10 * n, wrong=WRONG), 5),
     )
     return batch_of(Examples(*(np.concatenate(x) for x in zip(*parts, strict=True))))
 

@@ -10,16 +10,16 @@ import numpy as np
 from llm_jax.scaling import emergence
 
 TITLES = dict(
-  addition='adding (4 tokens)',
-  threshold='learning in context (4 tokens)',
+  addition='adding (3 tokens)',
+  recall='recall in context (4 tokens)',
   misconceptions='facts that texts get wrong (1 token)',
 )
-STYLES = dict(addition=('-', 'o'), threshold=('--', 's'), misconceptions=(':', '^'))
+STYLES = dict(addition=('-', 'o'), recall=('--', 's'), misconceptions=(':', '^'))
 
 
 def summarise(runs: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
   """JSON: the runs by size, how sharp each metric of each task is, and what the smaller sizes say of the largest."""
-  runs = sorted(runs, key=lambda one: one['parameters'])
+  runs = sorted(runs, key=lambda one: (one['parameters'], one['seed']))
   sharp = {}
   for task in TITLES:
     told = {
@@ -27,22 +27,27 @@ def summarise(runs: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
       for m in ('exact_match', 'token_edit_distance', 'log_likelihood', 'brier')
     }
     sharp[task] = {
-      m: emergence.sharpness([one['parameters'] for one in runs], y) if np.ptp(y) else None
-      for m, y in told.items()
+      m: emergence.sharpness(sizes(runs), y) if np.ptp(y) else None for m, y in told.items()
     }
   return dict(runs=runs, sharpness=sharp, predictions=predictions(runs))
 
 
 def metric(runs: Sequence[Mapping[str, Any]], task: str, name: str) -> np.ndarray:
-  """One metric of a task at the end of each run: [runs]."""
-  return np.array([one['marks'][-1][task][name] for one in runs])
+  """One metric of a task at the end, the mean over the seeds of each size: [sizes]."""
+  at = lambda n: [r['marks'][-1][task][name] for r in runs if r['parameters'] == n]
+  return np.array([np.mean(at(n)) for n in sizes(runs)])
+
+
+def sizes(runs: Sequence[Mapping[str, Any]]) -> np.ndarray:
+  """The numbers of parameters, ascending."""
+  return np.unique([one['parameters'] for one in runs])
 
 
 def predictions(runs: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
-  """The largest run's probability of a right answer, from a power law of -log p through the smaller ones."""
-  size = np.array([one['parameters'] for one in runs], float)
+  """The largest size's loss and probability of a right answer, from a power law of -log p through the smaller ones."""
+  size = sizes(runs).astype(float)
   told = {}
-  for task in ('addition', 'threshold'):
+  for task in ('addition', 'recall'):
     nats = -metric(runs, task, 'log_likelihood')  # per token
     length = runs[0]['marks'][-1][task]['length']
     law = emergence.predict(size[:-1], np.exp(-nats[:-1] * length))
@@ -75,7 +80,7 @@ def figure(summary: Mapping[str, Any]) -> Any:
   by_size(panels[1], summary, 'token_edit_distance', 'token edit distance, tokens')
   by_size(panels[2], summary, 'log_likelihood', 'log-likelihood, nats per token')
   by_token(panels[3], summary)
-  panels[0].legend(fontsize=7, frameon=False)
+  panels[0].legend(fontsize=7, loc="center left", frameon=False)
   for panel in panels:
     panel.grid(color='0.9', linewidth=0.6)
     panel.set_axisbelow(True)
@@ -88,27 +93,40 @@ def figure(summary: Mapping[str, Any]) -> Any:
 def by_size(panel: Any, summary: Mapping[str, Any], name: str, label: str) -> None:
   """One metric of all tasks against the parameters."""
   runs = summary['runs']
-  size = [one['parameters'] for one in runs]
   for task, (line, mark) in STYLES.items():
-    y = metric(runs, task, name)
-    panel.plot(size, y, line, marker=mark, color='black', markerfacecolor='0.8', label=TITLES[task])
+    panel.plot(sizes(runs), metric(runs, task, name), line, color='black', linewidth=1)
+    x, y = zip(*((r['parameters'], r['marks'][-1][task][name]) for r in runs), strict=True)
+    panel.plot(x, y, mark, color='black', markerfacecolor='0.8', markersize=5)
+    panel.plot([], [], line, marker=mark, color='black', markerfacecolor='0.8', label=TITLES[task])
   panel.set_xscale('log')
   panel.set_xlabel('parameters', fontsize=9)
   panel.set_ylabel(label, fontsize=9)
   panel.set_title(name.replace('_', ' '), fontsize=10)
 
 
+def token(marks: Sequence[Mapping[str, Any]]) -> np.ndarray:
+  """The accuracy of a token: the geometric mean over the positions of an answer, whose power is the product."""
+  p = np.array([one['position_accuracy'] for one in marks])
+  return p.prod(1) ** (1 / p.shape[1])
+
+
 def by_token(panel: Any, summary: Mapping[str, Any]) -> None:
-  """Every checkpoint of every size: exact match against token accuracy, beside p^L."""
+  """Every checkpoint of every size: exact match against the accuracy of a token, beside p^L."""
   p = np.linspace(0, 1, 101)
-  for task in ('addition', 'threshold'):
+  for task in ('addition', 'recall'):
     line, mark = STYLES[task]
     marks = [m[task] for one in summary['runs'] for m in one['marks']]
     length = marks[0]['length']
     panel.plot(p, emergence.whole(p, length), line, color='black', linewidth=1, label=f'p^{length}')
-    x, y = ([m[k] for m in marks] for k in ('token_accuracy', 'exact_match'))
-    panel.plot(x, y, mark, color='black', markerfacecolor='0.8', label=task)
-  panel.set_xlabel('token accuracy p', fontsize=9)
+    panel.plot(
+      token(marks),
+      [m['exact_match'] for m in marks],
+      mark,
+      color='black',
+      markerfacecolor='0.8',
+      label=task,
+    )
+  panel.set_xlabel('accuracy of a token p (geometric mean)', fontsize=9)
   panel.set_ylabel('exact match, share of answers', fontsize=9)
   panel.set_title('all checkpoints', fontsize=10)
   panel.legend(fontsize=7, frameon=False)

@@ -1,6 +1,6 @@
-r"""Sharp metrics and smooth ones of the same models: five sizes, the same tokens, three tasks with known answers.
+r"""Sharp metrics and smooth ones of the same models: eight sizes, the same tokens, three tasks with known answers.
 
-  .venv/bin/python -m experiments.emergence.run --out=runs/emergence          # 8 minutes of one core
+  .venv/bin/python -m experiments.emergence.run --out=runs/emergence          # 5 minutes of one core
   .venv/bin/python -m experiments.emergence.run --quick --out=runs/try
 
 Every model is measured a few times while it learns. OUT/runs.jsonl has a line per finished model and is gone on with.
@@ -29,8 +29,10 @@ from llm_jax.train import loop, state, step
 
 OUT = flags.DEFINE_string('out', 'runs/emergence', 'where the results go')
 SEEDS = flags.DEFINE_integer('seeds', 1, 'runs of every size')
-STEPS = flags.DEFINE_integer('steps', 2000, 'updates of every model')
-WIDTHS = flags.DEFINE_list('widths', ['8', '16', '32', '64', '128'], 'embed of the models')
+STEPS = flags.DEFINE_integer('steps', 1000, 'updates of every model')
+WIDTHS = flags.DEFINE_list(
+  'widths', ['4', '8', '12', '16', '24', '32', '64', '128'], 'embed of the models'
+)
 QUICK = flags.DEFINE_bool('quick', False, 'a few updates of two sizes, to see it work')
 ROWS, LAYERS, HELD = 64, 2, 512
 STD, RATE = (
@@ -147,6 +149,7 @@ def measurer(model: Any) -> Callable[[Any], dict[str, dict[str, float]]]:
         log_likelihood=float(mean.mean()),
         brier=float(emergence.brier(logp, targets).mean()),
         token_accuracy=float(right.mean()),
+        position_accuracy=right.mean(0).tolist(),
         probability=float(np.exp(mean * len(where)).mean()),
         token_probability=float(np.exp(mean).mean()),
       )
