@@ -7,20 +7,18 @@ github.com/epoch-research/analyzing-chinchilla; it has no licence and so does no
 results.json beside this file, half a minute on one core.
 """
 
+import argparse
 import json
 import os
 import time
 from typing import Any
 
 import numpy as np
-from absl import app, flags
 from scipy import optimize
 
 from llm_jax.scaling import fits, laws, runs, sums
 
 HERE = os.path.dirname(__file__)
-OUT = flags.DEFINE_string('out', os.path.join(HERE, 'results.json'), 'where the result goes')
-TRIALS = flags.DEFINE_integer('trials', 4000, 'samples of the bootstrap')
 GOPHER = 5.76e23
 DELTA = 1e-3
 # names, N and D of well-known models whose loss the law says
@@ -142,10 +140,14 @@ def _residuals(residuals: np.ndarray, flops: np.ndarray) -> dict[str, Any]:
   )
 
 
-def main(_: list[str]) -> None:
+def main() -> None:
   """Fits and writes."""
-  found = refit(runs.chinchilla(), trials=TRIALS.value)
-  with open(OUT.value, 'w', encoding='utf-8') as f:
+  parser = argparse.ArgumentParser()
+  parser.add_argument('--out', default=os.path.join(HERE, 'results.json'), help='the result')
+  parser.add_argument('--trials', type=int, default=4000, help='samples of the bootstrap')
+  told = parser.parse_args()
+  found = refit(runs.chinchilla(), trials=told.trials)
+  with open(told.out, 'w', encoding='utf-8') as f:
     json.dump(found, f, indent=1)
     f.write('\n')
   print(
@@ -154,4 +156,4 @@ def main(_: list[str]) -> None:
 
 
 if __name__ == '__main__':
-  app.run(main)
+  main()
