@@ -80,7 +80,9 @@ def figure(summary: Mapping[str, Any]) -> Any:
   by_size(panels[1], summary, 'token_edit_distance', 'token edit distance, tokens')
   by_size(panels[2], summary, 'log_likelihood', 'log-likelihood, nats per token')
   by_token(panels[3], summary)
-  panels[0].legend(fontsize=7, loc="center left", frameon=False)
+  made.legend(
+    *panels[0].get_legend_handles_labels(), loc='outside lower center', ncols=3, fontsize=8
+  )
   for panel in panels:
     panel.grid(color='0.9', linewidth=0.6)
     panel.set_axisbelow(True)

@@ -1,4 +1,4 @@
-r"""Sharp metrics and smooth ones of the same models: eight sizes, the same tokens, three tasks with known answers.
+r"""Sharp metrics and smooth ones of the same models: seven sizes, the same tokens, three tasks with known answers.
 
   .venv/bin/python -m experiments.emergence.run --out=runs/emergence          # 5 minutes of one core
   .venv/bin/python -m experiments.emergence.run --quick --out=runs/try
@@ -29,9 +29,9 @@ from llm_jax.train import loop, state, step
 
 OUT = flags.DEFINE_string('out', 'runs/emergence', 'where the results go')
 SEEDS = flags.DEFINE_integer('seeds', 1, 'runs of every size')
-STEPS = flags.DEFINE_integer('steps', 1000, 'updates of every model')
+STEPS = flags.DEFINE_integer('steps', 2500, 'updates of every model')
 WIDTHS = flags.DEFINE_list(
-  'widths', ['4', '8', '12', '16', '24', '32', '64', '128'], 'embed of the models'
+  'widths', ['4', '8', '12', '16', '24', '32', '64'], 'embed of the models'
 )
 QUICK = flags.DEFINE_bool('quick', False, 'a few updates of two sizes, to see it work')
 ROWS, LAYERS, HELD = 64, 2, 512
