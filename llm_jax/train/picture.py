@@ -1,10 +1,11 @@
 """`loss.png`: training loss and held-out bits per byte, or accuracy on pairs, from a run's `metrics.jsonl`."""
 
-import json
 import os
 from typing import Any
 
 import numpy as np
+
+from llm_jax.core import files, metrics
 
 TRAIN, HELD_OUT = '#4878a8', '#c44e52'
 
@@ -16,7 +17,7 @@ def draw(workdir: str, *, name: str = 'heldout') -> str | None:
   bits per byte of the text `name`, or the share of the pairs `name` in the right order beside that by chance. Both
   against the tokens or pairs trained on.
   """
-  lines = read(os.path.join(workdir, 'metrics.jsonl'))
+  lines = files.lines(os.path.join(workdir, metrics.FILE))
   steps, loss = column(lines, 'loss')
   if len(steps) < 2:
     return None
@@ -42,17 +43,9 @@ def draw(workdir: str, *, name: str = 'heldout') -> str | None:
     _label(panels[1], of_held, np.append(held, chance), x[-1], held[-1], HELD_OUT)
   panels[-1].set_xlabel(unit)
   path = os.path.join(workdir, 'loss.png')
-  panels[0].figure.savefig(f'{path}.new', format='png')
-  os.replace(f'{path}.new', path)
+  with files.whole(path, 'wb') as f:
+    panels[0].figure.savefig(f, format='png')
   return path
-
-
-def read(path: str) -> list[dict[str, Any]]:
-  """The lines of a `metrics.jsonl`; none if there is no file."""
-  if not os.path.exists(path):
-    return []
-  with open(path, encoding='utf-8') as f:
-    return [json.loads(line) for line in f if line.endswith('\n')]
 
 
 def column(lines: list[dict[str, Any]], name: str) -> tuple[np.ndarray, np.ndarray]:

@@ -1,11 +1,11 @@
 """What a run tells a person: where it writes, and at the end what came out and what to try next."""
 
-import json
 import os
 from typing import Any
 
 import jax
 
+from llm_jax.core import files, metrics
 from llm_jax.core.errors import UserError
 
 
@@ -31,21 +31,14 @@ def open_workdir(workdir: str | None) -> str:
 def record(workdir: str, config_json: str, vocab: Any) -> None:
   """Writes the config and the vocabulary beside the checkpoints, so that the workdir is all that `generate` needs."""
   if jax.process_index() == 0:
-    target = os.path.join(workdir, 'config.json')
-    with open(f'{target}.new', 'w', encoding='utf-8') as f:
-      f.write(config_json)
-    os.replace(f'{target}.new', target)
+    files.write(os.path.join(workdir, 'config.json'), config_json)
     vocab.save(os.path.join(workdir, 'vocab'))
 
 
 def last_value(workdir: str, name: str) -> float | None:
   """The newest value of a metric in `metrics.jsonl`, None when it was never written."""
-  path, value = os.path.join(workdir, 'metrics.jsonl'), None
-  if os.path.exists(path):
-    with open(path, encoding='utf-8') as f:
-      for line in f:
-        value = json.loads(line).get(name, value)
-  return value
+  found = files.lines(os.path.join(workdir, metrics.FILE))
+  return next((line[name] for line in reversed(found) if name in line), None)
 
 
 def finish(run: Any, state: Any) -> int:
