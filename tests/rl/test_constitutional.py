@@ -55,7 +55,8 @@ def test_principles_are_drawn_evenly_and_again_for_the_same_key():
   drawn = [[c.principles[0] for c in chain] for chain in chains]
   assert drawn[0] == drawn[1] != drawn[2]
   counts = [drawn[0].count(p) for p in constitutional.PRINCIPLES]
-  assert sum(counts) == n and all(abs(c - 100) < 3.5 * (n * 3 / 16) ** 0.5 for c in counts)
+  assert len(set(constitutional.PRINCIPLES)) == 16 and sum(counts) == n
+  assert all(abs(c - n / 16) < 3.5 * (n * 15 / 16**2) ** 0.5 for c in counts)
 
 
 def biased(prompts, first, second, principles):
