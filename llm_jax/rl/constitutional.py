@@ -4,8 +4,8 @@
     examples = constitutional.examples(chains)                    # the supervised stage
     pairs = constitutional.label(compare, prompts, first, second, key)     # the stage of preferences
 
-write: (prompts, key) -> answers, see `feedback.of_model`. The sixteen principles below are our
-own wording, on themes like those of the paper's appendix C; pass others.
+write: (prompts, key) -> answers, see `feedback.of_model`. The sixteen principles below are our own wording, on themes
+like those of the paper's appendix C; pass others.
 """
 
 from collections.abc import Callable, Sequence

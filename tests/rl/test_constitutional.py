@@ -83,11 +83,11 @@ def test_labels_are_soft_and_clamped():
 
   def by_principle(prompts, first, second, principles):
     seen.append(principles[0])
-    return np.full(1, constitutional.PRINCIPLES.index(principles[0]) / 4)
+    return np.full(1, constitutional.PRINCIPLES.index(principles[0]) / 16)
 
-  made = constitutional.label(by_principle, ['p'], ['a'], ['b'], KEY, ensemble=4)
+  made = constitutional.label(by_principle, ['p'], ['a'], ['b'], KEY, ensemble=16)
   assert set(seen) == set(constitutional.PRINCIPLES)  # each once
-  assert made[0] == dict(prompt='p', chosen='b', rejected='a', chance=1 - 1.5 / 4)
+  assert made[0] == dict(prompt='p', chosen='b', rejected='a', chance=1 - 7.5 / 16)
   with pytest.raises(UserError, match='must enclose 0.5'):
     constitutional.label(compare, ['p'], ['a'], ['b'], KEY, low=0.6)
 
