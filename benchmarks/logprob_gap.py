@@ -1,6 +1,6 @@
 r"""What separates the log-probabilities of the sampler from those of the learner, over a thousand answers.
 
-  python -m benchmarks.logprob_gap                       # a LLaMA of 4 layers, 256 wide, random weights: a minute
+  python -m benchmarks.logprob_gap                       # a LLaMA of 4 layers, 128 wide, random weights: a minute
   python -m benchmarks.logprob_gap --run=runs/smollm2 --answers=64
 
 In f32. Prompts have many lengths, answers end where they like, and rounds are read in minibatches of several sizes, so
@@ -39,9 +39,9 @@ def tiny() -> tuple[Any, Any, Any, list[dict]]:
   layer = functools.partial(
     block.decoder,
     mixer=functools.partial(attention.SelfAttention, heads=4),
-    ffn=functools.partial(ffn.Gated, hidden=688),
+    ffn=functools.partial(ffn.Gated, hidden=344),
   )
-  told = dict(vocab=words.size, embed=256, layers=4, block=layer, length=LONGEST + NEW + 1)
+  told = dict(vocab=words.size, embed=128, layers=4, block=layer, length=LONGEST + NEW + 1)
   model = transformer.causal(**told)
   params = jax.jit(model.init)(jax.random.key(0))
   params = jax.tree.map(lambda x: 3 * x if x.ndim > 2 else x, params)  # far from uniform

@@ -26,24 +26,24 @@ class Context(NamedTuple):
 
   mask: who sees whom. positions: int [batch or 1, t]. bias: f32, broadcastable to [batch, heads, t, s], added to the
   logits.
-  rng: the layer's dropout key, None for none. height: with a key, of the layer: 0 for the first of its stack, 1 for the
-  last. encoded: [batch, s, embed], what cross-attention reads. encoded_mask: who
+  rng: the layer's dropout key, None for none. encoded: [batch, s, embed], what cross-attention reads. encoded_mask: who
   sees whom there. ids: int [batch, t], the tokens themselves. real: bool [batch, t], with a state: which tokens are no
   padding, None for all; those of a row come first. Attention needs none of it (what padding leaves in a slot is
   overwritten), a recurrent state stays where it is. pages: int32 [batch, n], where the slots of a paged state lie
-  (model/paged.py), None for a state with slots of its own.
+  (model/paged.py), None for a state with slots of its own. height: of the layer, where there is a key: 0 for the first
+  of its stack, 1 for the last.
   """
 
   mask: Mask
   positions: jax.Array
   bias: jax.Array | None = None
   rng: jax.Array | None = None
-  height: Any = None
   encoded: jax.Array | None = None
   encoded_mask: Mask = Mask()
   ids: jax.Array | None = None
   real: jax.Array | None = None
   pages: jax.Array | None = None
+  height: Any = None
 
 
 def _sizes(module: nn.Module, embed: int) -> tuple[int, int, int]:
