@@ -92,11 +92,11 @@ class Source:
   """Gives batches. Owns the thread that prepares the next two.
 
   process: (index, count). write(rows, size) -> `size` rows as arrays, of which `rows` are given and the rest padding.
-  block: j -> `Block`. one_pass: () -> all blocks once, in order.
+  block: j -> `Block`. one_pass: () -> all blocks once, in order. texts: of `length` each in a row, 2 in one of pairs.
   """
 
-  def __init__(self, vocab, batch, length, process, ramp, write, block, one_pass):
-    self.vocab, self.batch, self.length = vocab, batch, length
+  def __init__(self, vocab, batch, length, process, ramp, write, block, one_pass, texts=1):
+    self.vocab, self.batch, self.length, self.texts = vocab, batch, length, texts
     self._process, self._ramp, self._write = process, ramp, write
     self._block, self._one_pass = functools.lru_cache(maxsize=2)(block), one_pass
     self._state = dict(block=0, row=0, batch=0)

@@ -30,7 +30,8 @@ class Context(NamedTuple):
   sees whom there. ids: int [batch, t], the tokens themselves. real: bool [batch, t], with a state: which tokens are no
   padding, None for all; those of a row come first. Attention needs none of it (what padding leaves in a slot is
   overwritten), a recurrent state stays where it is. pages: int32 [batch, n], where the slots of a paged state lie
-  (model/paged.py), None for a state with slots of its own.
+  (model/paged.py), None for a state with slots of its own. height: of the layer, where there is a key: 0 for the first
+  of its stack, 1 for the last.
   """
 
   mask: Mask
@@ -42,6 +43,7 @@ class Context(NamedTuple):
   ids: jax.Array | None = None
   real: jax.Array | None = None
   pages: jax.Array | None = None
+  height: Any = None
 
 
 def _sizes(module: nn.Module, embed: int) -> tuple[int, int, int]:

@@ -106,9 +106,9 @@ def run(
   """All segments, one after the other. x: [batch, t, embed], or what the functions `wrap(apply, layer)` take in its
   place (see model/depth.py). params, states: may have more repeats than the stack, whose are then the first.
   """
-  after, total, first = {}, {}, 0
+  after, total, first, size = {}, {}, 0, sum(s.repeats * len(s.blocks) for s in stack)
   for key, segment in zip(keys(stack), stack, strict=True):
-    apply, n = _repeat(segment.blocks, ctx, first), segment.repeats
+    apply, n = _repeat(segment.blocks, ctx, first, size), segment.repeats
     if wrap is not None:
       apply = wrap(apply, functools.partial(_done, first, len(segment.blocks)))
     own, state = (None if tree is None else _first(tree[key], n) for tree in (params, states))
@@ -147,15 +147,17 @@ def _first(tree: Any, n: int) -> Any:
   return jax.tree.map(lambda x: x if x.shape[0] == n else x[:n], tree)
 
 
-def _repeat(blocks: tuple[Block, ...], ctx: Context, first: int) -> Callable:
-  """One repeat of a pattern as a function for a runner; `first` is the number of its first block in the stack."""
+def _repeat(blocks: tuple[Block, ...], ctx: Context, first: int, size: int) -> Callable:
+  """One repeat of a pattern as a function for a runner; `first`: its first block's number in the stack of `size`."""
 
   def apply(params: dict, x: jax.Array, states: dict | None, index: Any) -> tuple:
     after, total = {}, {}
     for i, block in enumerate(blocks):
       name, told = f'block_{i}', ctx
       if ctx.rng is not None:
-        told = ctx._replace(rng=jax.random.fold_in(ctx.rng, first + index * len(blocks) + i))
+        number = first + index * len(blocks) + i
+        height = number / max(size - 1, 1)
+        told = ctx._replace(rng=jax.random.fold_in(ctx.rng, number), height=height)
       state = None if states is None else states[name]
       x, after[name], aux = block.apply({'params': params[name]}, x, told, state)
       total = add(total, aux)

@@ -1,6 +1,8 @@
 """What a run tells a person: where it writes, and at the end what came out and what to try next."""
 
+import contextlib
 import os
+from collections.abc import Callable
 from typing import Any
 
 import jax
@@ -33,6 +35,27 @@ def record(workdir: str, config_json: str, vocab: Any) -> None:
   if jax.process_index() == 0:
     files.write(os.path.join(workdir, 'config.json'), config_json)
     vocab.save(os.path.join(workdir, 'vocab'))
+
+
+def rescue(run: Any) -> Callable:
+  """What `loop.train` calls when a source fails: saves the state and says where the run goes on.
+
+  With several processes nothing is saved, because a checkpoint is written by all and only one of them may have failed.
+  """
+
+  def save(step: int, state: Any, metrics: Any) -> None:
+    if jax.process_count() > 1:
+      return
+    with contextlib.suppress(UserError):  # the error on its way is the one to show
+      run.saver.save(step, state, metrics)
+      run.saver.wait()
+      saved = run.saver.steps()
+      if saved:
+        run.writer.say(
+          f'The data failed after step {step}; the same command goes on from step {saved[-1]}.'
+        )
+
+  return save
 
 
 def last_value(workdir: str, name: str) -> float | None:
