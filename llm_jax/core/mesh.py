@@ -83,7 +83,7 @@ def make(
     virtual = f', or let the CPU act as {fixed}: JAX_NUM_CPU_DEVICES={fixed} llm-jax ...'
     raise UserError(
       f'mesh {_show(sizes)} needs {fixed} devices, this machine has {devices}: lower a size, '
-      f'set --config.mesh.data=-1{virtual if jax.default_backend() == "cpu" else ""}'
+      f'set data=-1{virtual if jax.default_backend() == "cpu" else ""}'
     )
   elif fixed < devices and jax.process_count() > 1:
     raise UserError(

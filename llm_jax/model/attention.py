@@ -248,7 +248,7 @@ class SelfAttention(nn.Module):
   def state_axes(self) -> dict[str, tuple]:
     """Names of the axes of `initial`."""
     if not self._turns():
-      return {name: ('batch', 'groups', 'length', 'head_dim') for name in ('k', 'v')}
+      return dict.fromkeys(('k', 'v'), ('batch', 'groups', 'length', 'head_dim'))
     ring = 'batch', 'length', 'groups', 'head_dim'
     return dict(ring_k=ring, ring_v=ring, at=ring[:2])
 

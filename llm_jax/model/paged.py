@@ -21,7 +21,6 @@ import jax.numpy as jnp
 from llm_jax.core import mesh, weights
 from llm_jax.model.kernels import HIDDEN
 
-
 AXES = 'groups', None, None, 'head_dim'  # of a pool
 
 
@@ -85,7 +84,7 @@ def attend(
 
   q: [batch, t, heads, head_dim]; k, v: pools; slots: int32 [batch, t]. cap: see model/kernels.py. block: slots at a
   time, rounded up to pages. On a TPU one query per row, with heads as wide as its registers (a multiple of 128) and
-  plain pools, goes through the kernel of jax.experimental.pallas.ops.tpu. On a mesh each device takes the groups it has.
+  plain pools, goes through the kernel of jax.experimental.pallas.ops.tpu. On a mesh each device takes its own groups.
   """
   per = -(-block // k.shape[2])
   table = jnp.pad(table, ((0, 0), (0, -table.shape[1] % per)), constant_values=-1)

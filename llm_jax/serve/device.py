@@ -179,7 +179,9 @@ class Device:
   def _neutral(self, name: str, rows: int) -> jax.Array:
     """A bias or a mask for rows that have none of their own."""
     shape = rows, self._model.card.rows
-    neutral = np.zeros(shape, np.float32) if name == 'bias' else np.broadcast_to(self._allowed, shape)
+    neutral = (
+      np.zeros(shape, np.float32) if name == 'bias' else np.broadcast_to(self._allowed, shape)
+    )
     return self._place.whole(neutral)
 
 

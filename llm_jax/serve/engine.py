@@ -37,10 +37,10 @@ class Engine:
   engine splits them, its pool and its states over the mesh axis `tensor` (serve/placement.py).
 
   rows: answered at once. length: the longest prompt and answer, None: the model's context. pages: of `page` slots each,
-  None: enough for every row at full length, but no more than fit into `memory` GiB of each device (a single row always fits). kv:
-  'int8' keeps keys and values in a byte a number. queue: requests that may wait. chunks: of prompts between two
-  tokens. prefix_cache: keeps what prompts begin with. allowed: bool [vocab], the ids that may be
-  drawn, None for all.
+  None: enough for every row at full length, but no more than fit into `memory` GiB of each device (a single row always
+  fits). kv: 'int8' keeps keys and values in a byte a number. queue: requests that may wait. chunks: of prompts between
+  two tokens. prefix_cache: keeps what prompts begin with. allowed: bool [vocab], the ids that may be drawn, None for
+  all.
   """
 
   def __init__(

@@ -58,7 +58,7 @@ class TimeMix(nn.Module):
   @nn.nowrap
   def state_axes(self) -> dict[str, tuple]:
     """Names of the axes of `initial`."""
-    sums = {name: ('batch', 'ffn') for name in ('num', 'den', 'top')}
+    sums = dict.fromkeys(('num', 'den', 'top'), ('batch', 'ffn'))
     return dict(sums, shift=('batch', None, 'embed'))
 
 
