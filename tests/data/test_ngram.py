@@ -4,6 +4,8 @@ import collections
 import fractions
 import functools
 import itertools
+import json
+import pathlib
 
 import numpy as np
 import pytest
@@ -12,6 +14,7 @@ from llm_jax.core.errors import UserError
 from llm_jax.data import ngram
 
 SAM = ['I am Sam', 'Sam I am', 'I do not like green eggs and ham']
+KENLM = pathlib.Path(__file__).with_name('kenlm.json')
 WORDS = ['<s>', '</s>', *sorted({w for line in SAM for w in line.split()})]
 V = 9
 
@@ -140,6 +143,15 @@ def test_katz_is_its_formula_for_every_history(order):
   wanted = [[float(p) for p in row(tuple(h.tolist()))] for h in every_history(order - 1)]
   np.testing.assert_allclose(found, wanted, rtol=1e-9)
   assert len(ngram.discounts(counts.times[-1], 3)) == (3 if order > 1 else 1)
+
+
+def test_kenlm_reads_the_same():
+  """KenLM's scores of our trigrams in the ARPA format (tests/data/make_kenlm.py), in f32."""
+  reference = json.loads(KENLM.read_text(encoding='utf-8'))
+  texts = [[*text, V - 1] for text in said(4)]
+  made = ngram.katz(ngram.count(texts, order=3, vocab=V), cutoff=3)
+  for text, wanted in zip(reference['texts'], reference['log10']):
+    np.testing.assert_allclose(ngram.logp(made, text)[1:] / np.log(10), wanted, atol=2e-6)
 
 
 @pytest.mark.parametrize('seed', range(4))

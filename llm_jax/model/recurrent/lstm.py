@@ -52,12 +52,6 @@ class LSTM(nn.Module):
     return y, None if state is None else kept
 
   @nn.nowrap
-  def flops(self, length: int, embed: int) -> float:
-    """The products of states and weights are counted as weights are: none besides."""
-    del length, embed
-    return 0
-
-  @nn.nowrap
   def _zeros(self, batch: int, f: int, dtype: Any) -> State:
     return dict(h=jnp.zeros((batch, f), dtype), c=jnp.zeros((batch, f), jnp.float32))
 
