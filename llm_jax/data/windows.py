@@ -65,8 +65,7 @@ class Windows:
       found.append(self._order(epoch)[at : at + missing])
       done = at + missing >= len(self._order(epoch))
       self._state = dict(epoch=epoch + 1, at=0) if done else dict(epoch=epoch, at=at + missing)
-    key = [self._seed, 1, *self._state.values()]
-    return self._fill(np.concatenate(found), np.random.default_rng(key))
+    return self._fill(np.concatenate(found), self._generator(1, *self._state.values()))
 
   def state(self) -> dict[str, int]:
     """Where the next batch starts."""
@@ -76,10 +75,13 @@ class Windows:
     """Goes on from a `state()`."""
     self._state = {k: int(state[k]) for k in ('epoch', 'at')}
 
+  def _generator(self, *key: int) -> np.random.Generator:
+    return np.random.default_rng(np.random.SeedSequence(self._seed, spawn_key=key))
+
   def _order(self, epoch: int) -> np.ndarray:
     """[words, 2 window + 1] of what is left of the text in this epoch: a word and its places around, -1 for none."""
     if self._drawn is None or self._drawn[0] != epoch:
-      rng = np.random.default_rng([self._seed, 0, epoch])
+      rng = self._generator(0, epoch)
       left = np.flatnonzero(rng.random(len(self._ids)) < self._keep)
       offset = np.concatenate(
         [[0], np.delete(np.arange(-self._window, self._window + 1), self._window)]
