@@ -59,6 +59,8 @@ def draw(cells: Mapping[str, Mapping[str, Any]], path: str) -> None:
         color='0.4',
       )
   panel.set_xscale('log')
+  low, high = panel.get_xlim()
+  panel.set_xlim(low, 1.4 * high)  # room for the names
   panel.set_xlabel('bytes of training text')
   panel.set_ylabel('held-out bits per byte')
   panel.set_title('Four novels: counts with back-off (grey) and neural models', fontsize=10)
