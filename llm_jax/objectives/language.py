@@ -11,8 +11,9 @@ import jax
 import jax.numpy as jnp
 
 from llm_jax.core.errors import UserError
+from llm_jax.model import elmo
 from llm_jax.objectives import cross_entropy
-from llm_jax.objectives.loss import Loss
+from llm_jax.objectives.loss import Loss, add
 
 
 def next_token(
@@ -48,6 +49,29 @@ def next_token(
   metrics = dict(nats=terms.nats, accuracy=terms.accuracy, z_loss=terms.z_loss, **aux)
   losses = (value for name, value in aux.items() if not name.startswith('seen/'))
   return Loss(sum(losses, terms.loss), weights.sum(), metrics)
+
+
+def both_ways(
+  model: Any,
+  params: Any,
+  batch: Mapping[str, jax.Array],
+  rng: jax.Array | None,
+  *,
+  chunk: int | None = 32,
+) -> Loss:
+  """The cross entropy of every target given those before it, and given those after it (Peters et al. 2018,
+  arXiv:1802.05365, section 3.1).
+
+  model: of `elmo.make`. batch: as in `next_token`, one document a row (`batch.pad`, `batch.concatenate`).
+  """
+  segments, targets = batch.get('segments'), elmo.turned(batch['targets'], batch.get('segments'))
+  inputs = jnp.concatenate([batch['inputs'][:, :1], targets[:, :-1]], axis=1)
+  told = dict(batch, targets=targets, inputs=inputs)
+  if 'weights' in batch:
+    told['weights'] = elmo.turned(batch['weights'], segments)
+  keys = (None, None) if rng is None else jax.random.split(rng)
+  first = next_token(model.one, params['forward'], batch, keys[0], chunk=chunk)
+  return add(first, next_token(model.one, elmo.backward(params), told, keys[1], chunk=chunk))
 
 
 def _check(z_loss: float, label_smoothing: float, chunk: int | None) -> None:
