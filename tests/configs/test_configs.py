@@ -160,7 +160,8 @@ def example(c, model):
   sides = dict(pairs=('chosen', 'rejected'), rankings=('answer0', 'answer1'))
   numbers = {name: np.zeros(rows, np.float32) for name in ('ref_logp', 'kl')}
   told = numbers | dict(desirable=np.zeros(rows, bool), ref_ids=np.zeros((rows, length, 3), int))
-  told |= dict(ref_top=np.zeros((rows, length, 3), np.float32))
+  told |= dict(ref_top=np.zeros((rows, length, 3), np.float32), types=text['inputs'])
+  told |= dict(label=np.zeros(rows, np.int32), at=np.zeros(rows, np.int32))
   if names := sides.get(source.fn.rpartition(':')[2]):
     return {f'{side}/{k}': v for side in names for k, v in (text | numbers).items()}
   return text | told
