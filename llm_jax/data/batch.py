@@ -11,6 +11,7 @@ r"""The batch: what every array in it means, how examples become rows, and how r
     encoder/inputs     [batch, encoder] int32      encoder-decoder models only; then the decoder holds targets alone
     encoder/positions, encoder/segments            as above; decoder segment k looks at encoder segment k
     types              [batch, length] int32       an encoder alone: 0 in the first sentence, 1 in the second
+    order              [batch, length] int32       likewise: places in a factorisation order (data/permuted.py)
     label, at          [batch] int32               the class of a row and where it is read (data/labels.py)
 
 `positions` and `segments` are absent where each row is one segment that starts at 0 (`concatenate`, no encoder),

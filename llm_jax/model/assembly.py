@@ -155,7 +155,8 @@ def _whole(
   ids, segments = batch[f'{side}inputs'], batch.get(f'{side}segments')
   told = batch.get(f'{side}positions'), rngs[0], batch.get(f'{side}types')
   x, positions = _embed(part, ends, params, ids, *told)
-  mask = Mask(segments=None if segments is None else (segments, segments))
+  pair = lambda told: None if told is None else (told, told)
+  mask = Mask(segments=pair(segments), order=pair(batch.get(f'{side}order')))
   bias = _bias(part, params, mask, x.shape[1], x.shape[1])
   return x, Context(mask, positions, bias, rngs[1], ids=ids)
 
