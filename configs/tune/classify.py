@@ -16,7 +16,7 @@ from configs.pretrain import lm
 from llm_jax.core import config
 from llm_jax.core.config import use, variant
 from llm_jax.core.errors import UserError, nearest
-from llm_jax.data import batch, labels, pipeline, tasks
+from llm_jax.data import batch, labels, pipeline, tasks, vocab
 from llm_jax.model import classes
 from llm_jax.objectives import classify
 from llm_jax.optim import chain, rules, schedules
@@ -26,11 +26,13 @@ KINDS = ('books', 'wikipedia', 'stories')
 
 
 def get_config(text=None):
-  arg = variant(text, way='everything', run='', batch=8, length=64, steps=200, lm=0.0)
+  arg = variant(text, way='everything', run='', batch=24, length=64, steps=200, lm=0.0)
   if arg.way not in WAYS:
     raise UserError(f'no way {arg.way!r} to adapt a model; {nearest(arg.way, WAYS)}')
   c = lm.get_config(f'batch={arg.batch},length={arg.length},steps={arg.steps}')
-  words = c.source.task.vocab
+  words = use(vocab.bytes_, extra_ids=0, modes=())
+  if arg.run:
+    words = use(vocab.of_run, path=arg.run)
   c.source = source(words, arg, split='train')
   heldout = c.hooks.heldout
   heldout.source = source(words, arg, split='validation', shuffle=False, jitter=False)
@@ -58,14 +60,12 @@ def source(words, arg, **told):
     use(
       pipeline.make,
       task=use(tasks.domain, name=name, vocab=words),
-      batch=arg.batch,
-      length=arg.length,
       rows=use(batch.concatenate),
       **told,
     )
     for name in KINDS
   )
-  return use(labels.kinds, sources=texts)
+  return use(labels.kinds, sources=texts, batch=arg.batch, length=arg.length)
 
 
 def optimizer(way, steps):

@@ -1,6 +1,7 @@
 """Texts with a class: which of several kinds of text a row is.
 
-source = use(labels.kinds, sources=tuple(use(pipeline.make, task=use(tasks.domain, name=n)) for n in NAMES))
+texts = tuple(use(pipeline.make, task=use(tasks.domain, name=name)) for name in ('books', 'stories'))
+source = use(labels.kinds, sources=texts, batch=16, length=64)
 """
 
 from collections.abc import Callable, Iterator, Mapping
@@ -13,17 +14,21 @@ from llm_jax.core.errors import UserError
 Batch = dict[str, np.ndarray]
 
 
-def kinds(model: Any, *, sources: tuple[Callable, ...]) -> 'Kinds':
+def kinds(
+  model: Any, *, sources: tuple[Callable, ...], batch: int = 24, length: int = 64
+) -> 'Kinds':
   """The rows of several sources one after the other; `label` int32 [batch] is the number of a row's source.
 
-  sources: of equal length, made with `rows=batch.pad` or `batch.concatenate`: one text per row. `at` int32 [batch] is
-  where the class is read: the last position that counts, of an encoder alone the first, for there every position has
-  seen all.
+  sources: model -> source, made with `rows=batch.pad` or `batch.concatenate`: one text per row; their own batch (of all
+  together: `batch`) and length are not used. `at` int32 [batch] is where the class is read: the last position that
+  counts, of an encoder alone the first, for there every position has seen all.
   """
-  made = [source(model) for source in sources]
-  if len(made) < 2 or len({one.length for one in made}) > 1:
-    raise UserError('labels.kinds needs two or more sources of one length: set their length')
-  return Kinds(made, model.card.kind)
+  if len(sources) < 2 or batch % len(sources):
+    raise UserError(
+      f'batch={batch} rows of {len(sources)} kinds: name two or more kinds, and a multiple of their number of rows'
+    )
+  sizes = dict(batch=batch // len(sources), length=length)
+  return Kinds([source(model, **sizes) for source in sources], model.card.kind)
 
 
 class Kinds:
