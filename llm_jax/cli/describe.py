@@ -177,7 +177,12 @@ def _list() -> str:
 
 
 def _head(subject: Subject, card: Any) -> str:
-  names = dict(causal='causal decoder', prefix='prefix decoder', encoder_decoder='encoder-decoder')
+  names = dict(
+    causal='causal decoder',
+    prefix='prefix decoder',
+    encoder='encoder',
+    encoder_decoder='encoder-decoder',
+  )
   context = 'any context' if card.length is None else f'context {card.length:,}'
   lines = [
     f'{subject.name}: {names[card.kind]}, embed {card.embed:,}, vocabulary {card.vocab:,}, {context}, '
@@ -186,7 +191,8 @@ def _head(subject: Subject, card: Any) -> str:
   if subject.row is not None:
     lines.append(subject.row.paper)
     lines += [f'note: {subject.row.note}'] if subject.row.note else []
-  for name, kinds in (('encoder', card.encoder), ('decoder', card.decoder)):
+  one = 'encoder' if card.kind == 'encoder' else 'decoder'
+  for name, kinds in (('encoder', card.encoder), (one, card.decoder)):
     lines += [f'{name}: {kind.repeats} x {_kind(kind)}' for kind in kinds]
   return '\n'.join(lines)
 
