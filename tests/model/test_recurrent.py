@@ -55,7 +55,7 @@ MIXERS = dict(
 NAMES = [name for name in MIXERS if name != 's4d_bilinear']
 # what the others share with these is tested on these
 MOST = [name for name in NAMES if name not in ('lstm', 'nplm')]
-EVERY = pytest.mark.parametrize('name', NAMES)
+BLOCKS = [*NAMES, 'hybrid']
 
 
 @functools.cache
@@ -142,7 +142,9 @@ def _step(name):
   return jax.jit(lambda p, b, s: model.hidden(p, b, states=s))
 
 
-@pytest.mark.parametrize('name', [*NAMES, 'hybrid'])
+@pytest.mark.parametrize(
+  'name', variants(BLOCKS, ['mamba', 'rwkv', 's4', 'hyena', 'lstm', 'nplm', 'hybrid'])
+)
 def test_a_state_is_the_whole_sequence(name, ids):
   """A prefill, then token by token, then several at once."""
   model, params, found = model_of(name), weights_of(name), []
@@ -155,7 +157,7 @@ def test_a_state_is_the_whole_sequence(name, ids):
   np.testing.assert_allclose(jnp.concatenate(found, 1), forward(name, dict(inputs=ids)), atol=1e-4)
 
 
-@pytest.mark.parametrize('name', variants([*NAMES, 'hybrid'], [*MOST, 'lstm', 'hybrid']))
+@pytest.mark.parametrize('name', variants(BLOCKS, ['mamba2', 'retention', 'h3', 'lstm', 'hybrid']))
 def test_packed_is_separate_and_padded_is_unpadded(name, ids):
   cuts = (
     0,
@@ -173,7 +175,7 @@ def test_packed_is_separate_and_padded_is_unpadded(name, ids):
     np.testing.assert_allclose(packed[:, start:stop], separate, atol=1e-4)
 
 
-@pytest.mark.parametrize('name', variants([*NAMES, 'hybrid'], [*MOST, 'lstm', 'hybrid']))
+@pytest.mark.parametrize('name', variants(BLOCKS, ['mamba2', 'rwkv', 'gss', 'lstm', 'hybrid']))
 def test_prompts_of_unequal_length_are_continued_as_if_alone(name, ids):
   model, params = model_of(name), weights_of(name)
   prompts, lengths = np.asarray(ids[:, :8]), np.array([3, 8])
@@ -186,7 +188,7 @@ def test_prompts_of_unequal_length_are_continued_as_if_alone(name, ids):
     np.testing.assert_allclose(both.logp[row], alone.logp[0], atol=1e-4)
 
 
-@pytest.mark.parametrize('name', variants(NAMES, MOST))
+@pytest.mark.parametrize('name', variants(NAMES, ['mamba', 'rwkv_channel', 'retention', 's4d']))
 def test_bfloat16_is_close(name, ids):
   whole = forward(name, dict(inputs=ids))
   half = forward(name, dict(inputs=ids), dtype='bfloat16')
@@ -212,7 +214,7 @@ def test_runners_and_gradients(name, ids):
     np.testing.assert_allclose(g, grads[1][path], atol=1e-5, err_msg=path)
 
 
-@pytest.mark.parametrize('name', variants(NAMES, MOST))
+@pytest.mark.parametrize('name', variants(NAMES, ['mamba', 'mamba2', 'rwkv', 'hyena']))
 def test_split_over_a_mesh(name, ids):
   """tensor=2 x fsdp=2 computes what one device does; every weight has names that the rules know."""
   model, params = model_of(name), weights_of(name)
