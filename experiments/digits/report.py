@@ -50,7 +50,7 @@ def write(summary: Mapping[str, Any], folder: str) -> None:
 
 
 def figure(summary: Mapping[str, Any]) -> Any:
-  """Right answers against updates, the mean of the seeds and their range."""
+  """Right answers against updates, a line for every seed."""
   from matplotlib.backends.backend_agg import FigureCanvasAgg
   from matplotlib.figure import Figure
 
@@ -62,8 +62,9 @@ def figure(summary: Mapping[str, Any]) -> Any:
     at = [m['step'] for m in own[0]]
     y = np.array([[m['exact'] for m in marks] for marks in own])
     line, mark = STYLES[name]
-    panel.plot(at, y.mean(0), line, marker=mark, color='black', markersize=4, label=name)
-    panel.fill_between(at, y.min(0), y.max(0), color='0.8', linewidth=0)
+    for seed, values in enumerate(y):
+      told = dict(marker=mark, markersize=4, linewidth=1, label=None if seed else name)
+      panel.plot(at, values, line, color='black', **told)
   panel.set_xlabel('updates of 64 sums')
   panel.set_ylabel('right answers, share of unseen sums')
   panel.set_ylim(-0.03, 1.03)

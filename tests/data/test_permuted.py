@@ -10,7 +10,6 @@ import numpy as np
 
 from llm_jax.data import batch, permuted, pipeline, tasks, vocab
 from llm_jax.model import attention, block, ffn, positions, transformer
-from llm_jax.objectives import language
 from tests.data.conftest import model, says
 
 VOCAB, LENGTH = 4, 3  # three words and the query
@@ -100,16 +99,3 @@ def test_rows_of_two_streams():
     1 / 12 / len(firsts)
   )  # any token may come first
   says('share=0', lambda: permuted.orders(model('encoder'), source=texts, share=0))
-
-
-def test_the_objective_is_next_token():
-  made, params = encoder()
-  ids = np.array([[0, 1, 2], [2, 2, 1]], np.int32)
-  told = dict(inputs=ids, targets=ids, weights=np.ones(ids.shape, np.float32))
-  told = permuted.two_streams(told, np.array([[0, 1, 2], [2, 0, 1]]), MASK, 0.4)
-  out = language.next_token(made, params, told, None)
-  logits = np.asarray(made.logits(params, made.hidden(params, told).x), np.float64)
-  logp = logits - np.log(np.exp(logits).sum(-1, keepdims=True))
-  own = np.take_along_axis(logp, told['targets'][..., None], -1)[..., 0]
-  np.testing.assert_allclose(out.sum, -own[told['weights'] > 0].sum(), rtol=1e-5)
-  assert out.weight == 2
