@@ -1,14 +1,17 @@
-"""Three tasks with known answers in a vocabulary of 96 tokens, in rows of 20.
+"""Four tasks with known answers in a vocabulary of 96 tokens: three in rows of 20, one in rows of its own.
 
 addition        4 7 + 1 9 = 6 6 0     the sum's digits, the last one first (Lee et al. 2023, arXiv:2307.03381)
 recall          k3 c0 a1 p0 d2 b2 n1 e0 c 0 n 1 k 3 d 2     eight tokens of a key and its value, then the values of four
                 of the keys: what goes with a key is drawn for each row, so it must be learned in context
 misconceptions  k c ? y     a fact about each of 256 subjects, which four texts out of five get wrong
+strings         k c 5 1 9 0 3 3 7 2     eight random digits that belong to each of many keys, to be known by heart
 
-The last is an inverse-scaling task: a model that knows its texts better is right less often (TruthfulQA, Lin et al.
-2022, arXiv:2109.07958).
+Misconceptions are an inverse-scaling task: a model that knows its texts better is right less often (TruthfulQA, Lin et
+al. 2022, arXiv:2109.07958). In the strings there is nothing to be found out: a model knows as many digits as it has
+room for. It is memory that is measured, so what is asked is what was learned.
 """
 
+from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -16,22 +19,16 @@ import numpy as np
 from llm_jax.data import pipeline
 
 DIGIT, KEY = 1, 11  # the first of 10 digits, of 16 keys; 0 is padding and what a row begins with
-PLUS, EQUALS, QUESTION, NO, YES, PAIR, VOCAB = (
-  27,
-  28,
-  29,
-  30,
-  31,
-  32,
-  96,
-)  # PAIR: of 64 keys with a value
+PLUS, EQUALS, QUESTION, NO, YES = range(27, 32)
+PAIR, PAIRS, VOCAB = 32, 64, 96  # a key with its value, in one token
 LENGTH, KEYS, VALUES, SHOWN, ASKED = 20, 16, 4, 8, 4
 WRONG = 0.8  # of the texts about a subject
 DIGITS = 2
+STRINGS, DIGITS_OF_STRING = 1024, 8
 
 
 class Examples(NamedTuple):
-  """tokens: int32 [n, LENGTH], 0 after the end. answer: bool [n, LENGTH], the tokens that count."""
+  """tokens: int32 [n, length], 0 after the end. answer: bool [n, length], the tokens that count."""
 
   tokens: np.ndarray
   answer: np.ndarray
@@ -79,9 +76,9 @@ def misconceptions(rng: np.random.Generator, n: int, *, wrong: float) -> Example
   return _rows([x[:, None] for x in parts], answers=[3])
 
 
-def _rows(parts: list[np.ndarray], answers: Any) -> Examples:
+def _rows(parts: list[np.ndarray], answers: Any, length: int = LENGTH) -> Examples:
   found = np.concatenate(parts, 1)
-  tokens = np.zeros((len(found), LENGTH), np.int32)
+  tokens = np.zeros((len(found), length), np.int32)
   tokens[:, : found.shape[1]] = found
   answer = np.zeros(tokens.shape, bool)
   answer[:, list(answers)] = True
@@ -104,23 +101,36 @@ def heldout(n: int, seed: int = 10**6) -> dict[str, Examples]:
   )
 
 
-class Source:
-  """Three rows of eight additions, three recall, two misconceptions, drawn by (seed, number of the batch). Short
-  examples follow one another in a row."""
+def strings(seed: int) -> Examples:
+  """Every key, in two tokens, with the digits that belong to it."""
+  rng, keys = np.random.default_rng([seed, STRINGS]), np.arange(STRINGS)[:, None]
+  digits = rng.integers(0, 10, (STRINGS, DIGITS_OF_STRING)) + DIGIT
+  parts = [PAIR + keys % PAIRS, KEY + keys // PAIRS, digits]
+  return _rows(parts, answers=range(2, 2 + DIGITS_OF_STRING), length=2 + DIGITS_OF_STRING)
 
-  def __init__(self, rows: int, seed: int):
-    self._eighth, self._seed, self._count = rows // 8, seed, 0
+
+def circuits(rng: np.random.Generator, rows: int) -> Examples:
+  """Three rows of eight additions, three recall, two misconceptions. Short examples follow one another in a row."""
+  n = rows // 8
+  parts = (
+    _packed(addition(rng, 6 * n, heldout=False), 2),
+    recall(rng, 3 * n),
+    _packed(misconceptions(rng, 10 * n, wrong=WRONG), 5),
+  )
+  return Examples(*(np.concatenate(x) for x in zip(*parts, strict=True)))
+
+
+class Source:
+  """Batches that `draw(rng)` makes, told by (seed, number of the batch)."""
+
+  def __init__(self, draw: Callable[[np.random.Generator], Examples], seed: int):
+    self._draw, self._seed, self._count = draw, seed, 0
 
   def __call__(self, state: Any = None) -> pipeline.Batch:
     """The next batch."""
-    rng, n = np.random.default_rng([self._seed, self._count]), self._eighth
+    rng = np.random.default_rng([self._seed, self._count])
     self._count += 1
-    parts = (
-      _packed(addition(rng, 6 * n, heldout=False), 2),
-      recall(rng, 3 * n),
-      _packed(misconceptions(rng, 10 * n, wrong=WRONG), 5),
-    )
-    return batch_of(Examples(*(np.concatenate(x) for x in zip(*parts, strict=True))))
+    return batch_of(self._draw(rng))
 
 
 def _packed(some: Examples, times: int) -> Examples:

@@ -1,125 +1,129 @@
-r"""Sharp metrics and smooth ones of the same models: seven sizes, the same tokens, three tasks with known answers.
+r"""Sharp metrics and smooth ones of the same models: seven sizes, the same tokens, four tasks with known answers.
 
-  .venv/bin/python -m experiments.emergence.run --out=runs/emergence          # 5 minutes of one core
+  .venv/bin/python -m experiments.emergence.run --out=runs/emergence          # 8 minutes of one core
   .venv/bin/python -m experiments.emergence.run --quick --out=runs/try
 
-Every model is measured a few times while it learns. OUT/runs.jsonl has a line per finished model and is gone on with.
-Writes results.json and emergence.png.
+Three tasks are learned together, strings by models of their own; each is measured a few times while it learns.
+OUT/cells.jsonl has a line per finished model and is gone on with. Writes results.json and emergence.png.
 """
 
 import functools
-import json
-import os
 import sys
-import time
 from collections.abc import Callable
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
 import numpy as np
 from absl import app, flags
 
+from experiments import small
 from experiments.emergence import data, report
-from llm_jax.core.config import build, use
-from llm_jax.model import attention, block, ffn, heads, init, norms, positions, stack, transformer
-from llm_jax.objectives import language
-from llm_jax.optim import chain, rules, schedules
+from llm_jax.model import init, positions
+from llm_jax.optim import rules, schedules
 from llm_jax.scaling import emergence
-from llm_jax.train import loop, state, step
 
 OUT = flags.DEFINE_string('out', 'runs/emergence', 'where the results go')
-SEEDS = flags.DEFINE_integer('seeds', 1, 'runs of every size')
-STEPS = flags.DEFINE_integer('steps', 2500, 'updates of every model')
-WIDTHS = flags.DEFINE_list(
-  'widths', ['4', '8', '12', '16', '24', '32', '64'], 'embed of the models'
+QUICK = flags.DEFINE_bool('quick', False, 'a few updates of three sizes, to see it work')
+LAYERS, HELD = 2, 512
+# of the initial weights and the peak of the learning rate, times the root of 1 / width
+STD, RATE = 0.6, 0.04
+
+
+class Ladder(NamedTuple):
+  """Sizes that learn the same. draw: (seed, rows) -> (rng -> examples); measured: seed -> task -> examples."""
+
+  widths: tuple[int, ...]
+  seeds: int
+  steps: int
+  rows: int
+  length: int
+  draw: Callable
+  measured: Callable
+
+
+def by_heart(seed: int, rows: int) -> Callable[[np.random.Generator], data.Examples]:
+  """Rows of the strings of this seed."""
+  known = data.strings(seed)
+
+  def draw(rng: np.random.Generator) -> data.Examples:
+    chosen = rng.integers(0, len(known.tokens), rows)
+    return data.Examples(*(x[chosen] for x in known))
+
+  return draw
+
+
+LADDERS = dict(
+  circuits=Ladder(
+    widths=(4, 8, 12, 16, 24, 32, 64),
+    seeds=1,
+    steps=2500,
+    rows=64,
+    length=data.LENGTH,
+    draw=lambda seed, rows: functools.partial(data.circuits, rows=rows),
+    measured=lambda seed: data.heldout(HELD),
+  ),
+  memory=Ladder(
+    widths=(4, 8, 16, 24, 32, 48, 64),
+    seeds=1,
+    steps=800,
+    rows=128,
+    length=2 + data.DIGITS_OF_STRING,
+    draw=by_heart,
+    measured=lambda seed: dict(strings=data.strings(seed)),
+  ),
 )
-QUICK = flags.DEFINE_bool('quick', False, 'a few updates of two sizes, to see it work')
-ROWS, LAYERS, HELD = 64, 2, 512
-STD, RATE = (
-  0.6,
-  0.04,
-)  # of the initial weights and the peak of the learning rate, times the root of 1 / width
 
 
 def main(argv: list[str]) -> None:
   """Runs it."""
   del argv
-  steps, widths = (20, (8, 16)) if QUICK.value else (STEPS.value, tuple(map(int, WIDTHS.value)))
-  os.makedirs(OUT.value, exist_ok=True)
-  path = os.path.join(OUT.value, 'runs.jsonl')
-  for seed in range(SEEDS.value):
-    for width in widths:
-      if not any((r['width'], r['seed'], r['steps']) == (width, seed, steps) for r in read(path)):
-        told = trained(width, seed, steps)
-        with open(path, 'a', encoding='utf-8') as f:
-          f.write(json.dumps(told) + '\n')
-        print(width, told['parameters'], told['cpu'], json.dumps(told['marks'][-1]), flush=True)
-  report.write(report.summarise(read(path)), OUT.value)
+  cells, runs = small.Cells(OUT.value), []
+  for name, ladder in LADDERS.items():
+    if QUICK.value:
+      ladder = ladder._replace(widths=(4, 8, 16), seeds=1, steps=20)
+    for seed in range(ladder.seeds):
+      for width in ladder.widths:
+        called = f'{name} width {width} seed {seed} steps {ladder.steps}'
+        runs.append(cells.once(called, functools.partial(trained, ladder, width, seed)))
+  report.write(report.summarise(runs), OUT.value)
   print(f'results.json and emergence.png are in {OUT.value}')
 
 
-def read(path: str) -> list[dict[str, Any]]:
-  """The finished models."""
-  if not os.path.exists(path):
-    return []
-  with open(path, encoding='utf-8') as f:
-    return [json.loads(line) for line in f]
-
-
-def decoder(width: int) -> Any:
-  """Two layers; initial weights shrink with the width."""
-  layer = use(
-    block.decoder,
-    mixer=use(attention.SelfAttention, heads=2),
-    ffn=use(ffn.Gated, hidden=2 * width),
-    norm=use(norms.RMSNorm),
-    residual=use(norms.pre),
-  )
-  made = use(
-    transformer.causal,
+def trained(ladder: Ladder, width: int, seed: int) -> dict[str, Any]:
+  """One model, and what was measured at an eighth, a quarter, half, three quarters and the whole of its steps."""
+  model = small.decoder(
     vocab=data.VOCAB,
     embed=width,
     layers=LAYERS,
-    block=layer,
-    length=data.LENGTH,
-    runner=use(stack.scan),
-    head=use(heads.Tied),
-    positions=use(positions.Learned),
-    init=use(init.gpt2, std=STD * width**-0.5),
+    heads=2,
+    length=ladder.length,
+    positions=positions.Learned,
+    init=functools.partial(init.gpt2, std=STD * width**-0.5),
   )
-  return build(made)()
-
-
-def trained(width: int, seed: int, steps: int) -> dict[str, Any]:
-  """One model, and what was measured at an eighth, a quarter, half, three quarters and the whole of its steps."""
-  began, model = time.process_time(), decoder(width)
-  peak = RATE * width**-0.5
-  schedule = use(schedules.cosine, peak=peak, steps=steps, warmup=max(1, steps // 20), floor=0.0)
-  tx = build(use(chain.make, rule=use(rules.adamw, b2=0.98), schedule=schedule, clip=1.0))(
-    model.axes
+  peak, steps, marks = RATE * width**-0.5, ladder.steps, []
+  measure = measurer(model, ladder.measured(seed))
+  told = dict(peak=peak, steps=steps, warmup=max(1, steps // 20), floor=0.0)
+  schedule = functools.partial(schedules.cosine, **told)
+  train = small.trainer(
+    model, steps=steps, schedule=schedule, rule=functools.partial(rules.adamw, b2=0.98)
   )
-  update = step.make(functools.partial(language.next_token, model, chunk=None), tx)
-  source, measure = data.Source(ROWS, seed), measurer(model)
-  now, marks = state.create(model, tx, seed), []
-  for until in sorted({max(1, int(steps * share)) for share in (1 / 8, 1 / 4, 1 / 2, 3 / 4, 1)}):
-    now = loop.train(now, source, update, steps=until, key=jax.random.key(seed))
-    marks.append(dict(step=until, tokens=until * ROWS * data.LENGTH, **measure(now.params)))
-  parameters = sum(x.size for x in jax.tree.leaves(now.params))
-  cpu = round(time.process_time() - began, 1)
-  return dict(
-    width=width,
-    parameters=parameters,
-    seed=seed,
-    steps=steps,
-    learning_rate=peak,
-    cpu=cpu,
-    marks=marks,
-  )
+  at = {max(1, int(steps * share)) for share in (1 / 8, 1 / 4, 1 / 2, 3 / 4, 1)}
+
+  def mark(step: int, now: Any, metrics: Any) -> None:
+    if step in at:
+      tokens = step * ladder.rows * ladder.length
+      marks.append(dict(step=step, tokens=tokens, **measure(now.params)))
+
+  params = train(data.Source(ladder.draw(seed, ladder.rows), seed), seed, hooks=[mark])
+  parameters = sum(x.size for x in jax.tree.leaves(params))
+  told = dict(width=width, parameters=parameters, seed=seed, steps=steps, learning_rate=peak)
+  return dict(told, marks=marks)
 
 
-def measurer(model: Any) -> Callable[[Any], dict[str, dict[str, float]]]:
-  """params -> task -> metrics of the held-out examples, greedy answers for those that need one."""
-  held = data.heldout(HELD)
+def measurer(
+  model: Any, measured: dict[str, data.Examples]
+) -> Callable[[Any], dict[str, dict[str, float]]]:
+  """params -> task -> metrics of its examples, greedy answers for those that need one."""
 
   @jax.jit
   def score(params: Any, inputs: jax.Array) -> jax.Array:
@@ -136,7 +140,7 @@ def measurer(model: Any) -> Callable[[Any], dict[str, dict[str, float]]]:
 
   def measure(params: Any) -> dict[str, dict[str, float]]:
     told = {}
-    for name, some in held.items():
+    for name, some in measured.items():
       batch, where = data.batch_of(some), np.flatnonzero(some.answer[0])
       logp = np.asarray(score(params, batch['inputs']))[:, where]
       targets, said = some.tokens[:, where], answers(params, some, where)

@@ -8,6 +8,7 @@ Every row of the table is the same model after the same number of updates of the
 data; several seeds of the order and of the draw. Writes results.json, results.md and results.png.
 """
 
+import contextlib
 import functools
 import os
 import sys
@@ -20,18 +21,16 @@ import jax.numpy as jnp
 import numpy as np
 from absl import app, flags
 
+from experiments import small
 from experiments.instruction_mixtures import data as kinds
 from experiments.instruction_mixtures import report
-from llm_jax.core import mesh
-from llm_jax.core.config import build, use
+from llm_jax.core.config import build
 from llm_jax.data import curate, examples, formats, stages, templates
 from llm_jax.data.formats import Conversation
 from llm_jax.decode import generate, prompts, score
 from llm_jax.interop import runs
-from llm_jax.objectives import language
-from llm_jax.optim import chain, rules, schedules
+from llm_jax.optim import rules, schedules
 from llm_jax.rl import feedback
-from llm_jax.train import loop, state, step
 
 REAL = os.path.join(os.path.dirname(__file__), '..', '..', 'tests', 'interop', 'real')
 BASE = flags.DEFINE_string('base', os.path.join(REAL, 'stories260K.bin'), 'a model of llama2.c')
@@ -174,23 +173,15 @@ def _plain(messages: Sequence[dict]) -> list[dict]:
 
 
 def tuner(base: Base, steps: int) -> Callable[[Any, int], Any]:
-  """(source, seed) -> the parameters after `steps` updates from the base's, by the ordinary loop; compiled once."""
-  objective = functools.partial(language.next_token, base.model)
-  schedule = use(
-    schedules.cosine, peak=PEAK, steps=steps, warmup=max(1, steps * 3 // 100), floor=0.0
-  )
-  told = use(chain.make, rule=use(rules.adamw, b2=0.999), schedule=schedule, clip=1.0)
-  tx = build(told)(base.model.axes)
-  update = step.make(objective, tx)
+  """(source, seed) -> the parameters after `steps` updates from the base's; the source is closed."""
+  told = dict(peak=PEAK, steps=steps, warmup=max(1, steps * 3 // 100), floor=0.0)
+  schedule = functools.partial(schedules.cosine, **told)
+  rule = functools.partial(rules.adamw, b2=0.999)
+  train = small.trainer(base.model, steps=steps, schedule=schedule, chunk=32, rule=rule)
 
   def tune(made: Any, seed: int) -> Any:
-    params = jax.tree.map(
-      lambda x: jnp.array(x, copy=True), base.params
-    )  # the update reuses its own
-    first = state.State(jnp.int32(0), params, tx.init(params))
-    last = loop.train(first, made, update, steps=steps, key=jax.random.key(seed))
-    made.close()
-    return last.params
+    with contextlib.closing(made):
+      return train(made, seed, base.params)
 
   return tune
 
@@ -205,16 +196,10 @@ def measurer(base: Base, heldout: dict[str, list[Conversation]]) -> Callable[[An
     for name, found in heldout.items()
   }
 
-  @jax.jit
-  def sums(params: Any, batch: Any) -> tuple[jax.Array, jax.Array]:
-    loss = language.next_token(base.model, params, batch, None)
-    return loss.metrics['nats'], loss.weight
+  nats = small.evaluator(base.model, chunk=32)
 
   def measure(params: Any) -> dict[str, float]:
-    told = {}
-    for name, some in batches.items():
-      totals = np.sum([jax.device_get(sums(params, mesh.place(b))) for b in some], axis=0)
-      told[name] = float(totals[0] / totals[1])
+    told = {name: nats(params, some) for name, some in batches.items()}
     said = answers(base, params, heldout['task'], 12)
     right = [
       a.strip() == one.messages[-1]['content'] for a, one in zip(said, heldout['task'], strict=True)

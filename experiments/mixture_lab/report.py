@@ -43,7 +43,7 @@ def summarise(
   seeds: int,
   held: int,
 ) -> dict[str, Any]:
-  """JSON of everything. cells: of `run.Cells`. held: mixtures that RegMix is tested on."""
+  """JSON of everything. cells: of `small.Cells`. held: mixtures that RegMix is tested on."""
   alone = np.array([cells[f'large only {name} 0']['loss'][i] for i, name in enumerate(domains)])
   rows, scores = {}, {}
   for arm in arms:

@@ -9,28 +9,21 @@ processes may share the work (`--only=uniform,regmix`, `--only=doremi`). Writes 
 results.png.
 """
 
+import contextlib
 import functools
-import json
-import os
 import sys
-import time
 from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
-import jax
-import jax.numpy as jnp
 import numpy as np
 from absl import app, flags
 
+from experiments import small
 from experiments.mixture_lab import report
-from llm_jax.core import mesh
-from llm_jax.core.config import build, use
 from llm_jax.data import batch, pipeline, tasks, vocab
-from llm_jax.model import attention, block, ffn, heads, init, norms, stack, transformer
-from llm_jax.objectives import language
-from llm_jax.optim import chain, rules, schedules
+from llm_jax.model import init
+from llm_jax.optim import rules, schedules
 from llm_jax.scaling import mixture
-from llm_jax.train import loop, state, step
 
 DOMAINS = ('books', 'wikipedia', 'stories')
 ARMS = ('uniform', 'doremi', 'regmix')
@@ -91,8 +84,7 @@ def main(argv: list[str]) -> None:
   """Runs it."""
   del argv
   plan, seeds = (TRY, 2) if QUICK.value else (FULL, SEEDS.value)
-  os.makedirs(OUT.value, exist_ok=True)
-  cells = Cells(os.path.join(OUT.value, 'cells.jsonl'))
+  cells = small.Cells(OUT.value)
   lab = Lab(plan, cells)
   found = {}
   if 'doremi' in ONLY.value:
@@ -111,38 +103,10 @@ def main(argv: list[str]) -> None:
     print(f'results.json, results.md and results.png are in {OUT.value}')
 
 
-class Cells:
-  """What has been trained: a line of JSON each, found again by name."""
-
-  def __init__(self, path: str):
-    self._path = path
-
-  def all(self) -> dict[str, dict[str, Any]]:
-    """Name -> what was measured."""
-    if not os.path.exists(self._path):
-      return {}
-    with open(self._path, encoding='utf-8') as f:
-      return {one['cell']: one for one in map(json.loads, f)}
-
-  def once(self, name: str, make: Callable[[], dict[str, Any]]) -> dict[str, Any]:
-    """What `name` measured; `make()` does where it has not been."""
-    known = self.all()
-    if name not in known:
-      begin, spent = time.perf_counter(), time.process_time()
-      told = dict(cell=name, **make())
-      told |= dict(
-        seconds=round(time.perf_counter() - begin, 1), cpu=round(time.process_time() - spent, 1)
-      )
-      with open(self._path, 'a', encoding='utf-8') as f:
-        f.write(json.dumps(told) + '\n')
-      print(name, {k: np.round(v, 3).tolist() for k, v in told.items() if k != 'cell'}, flush=True)
-    return self.all()[name]
-
-
 class Lab:
   """Trains and measures. Models are compiled once for all their runs."""
 
-  def __init__(self, plan: Plan, cells: Cells):
+  def __init__(self, plan: Plan, cells: small.Cells):
     self._plan, self._cells, self._compiled = plan, cells, {}
 
   def large(self, arm: str, rates: Sequence[float], seed: int) -> None:
@@ -224,25 +188,14 @@ def words(text: Any = None) -> vocab.Bytes:
 
 def decoder(size: Size) -> Any:
   """A small LLaMA on bytes."""
-  layer = use(
-    block.decoder,
-    mixer=use(attention.SelfAttention, heads=size.heads),
-    ffn=use(ffn.Gated, hidden=2 * size.embed),
-    norm=use(norms.RMSNorm),
-    residual=use(norms.pre),
-  )
-  made = use(
-    transformer.causal,
+  return small.decoder(
     vocab=words().size,
     embed=size.embed,
     layers=size.layers,
-    block=layer,
+    heads=size.heads,
     length=LENGTH,
-    runner=use(stack.scan),
-    head=use(heads.Tied),
-    init=use(init.gpt2, std=size.std),
+    init=functools.partial(init.gpt2, std=size.std),
   )
-  return build(made)()
 
 
 def domain(name: str) -> Callable:
@@ -270,58 +223,29 @@ def sides(model: Any, rows: int, seed: int) -> mixture.Domains:
 
 
 def trainer(model: Any, size: Size) -> Callable[[Any, int], Any]:
-  """(source, seed) -> the parameters after `size.steps` updates."""
+  """(source, seed) -> the parameters after `size.steps` updates; the source is closed."""
   warmup = max(1, min(size.steps // 10, 20))
-  schedule = use(schedules.cosine, peak=size.peak, steps=size.steps, warmup=warmup, floor=0.0)
-  tx = build(use(chain.make, rule=use(rules.adamw, b2=0.99), schedule=schedule, clip=1.0))(
-    model.axes
+  schedule = functools.partial(
+    schedules.cosine, peak=size.peak, steps=size.steps, warmup=warmup, floor=0.0
   )
-  update = step.make(functools.partial(language.next_token, model, chunk=None), tx)
+  rule = functools.partial(rules.adamw, b2=0.99)
+  train = small.trainer(model, steps=size.steps, schedule=schedule, rule=rule)
 
-  @jax.jit
-  def begin(key: jax.Array) -> state.State:
-    params = model.init(key)
-    return state.State(jnp.zeros((), jnp.int32), params, tx.init(params))
+  def trained(source: Any, seed: int) -> Any:
+    with contextlib.closing(source):
+      return train(source, seed)
 
-  def train(source: Any, seed: int) -> Any:
-    last = loop.train(
-      begin(jax.random.key(seed)), source, update, steps=size.steps, key=jax.random.key(seed)
-    )
-    source.close()
-    return last.params
-
-  return train
+  return trained
 
 
 def measurer(model: Any, batches: int) -> Callable[[Any], list[float]]:
   """params -> held-out nats per byte of each domain."""
-  held = []
+  told = dict(batch=32, length=LENGTH, rows=batch.concatenate, split='validation', jitter=False)
+  held, nats = [], small.evaluator(model)
   for name in DOMAINS:
-    source = pipeline.make(
-      model,
-      task=domain(name),
-      batch=32,
-      length=LENGTH,
-      rows=batch.concatenate,
-      split='validation',
-      jitter=False,
-    )
-    held.append([source() for _ in range(batches)])
-    source.close()
-
-  @jax.jit
-  def sums(params: Any, told: Any) -> tuple:
-    loss = language.next_token(model, params, told, None, chunk=None)
-    return loss.sum, loss.weight
-
-  def measure(params: Any) -> list[float]:
-    found = []
-    for some in held:
-      nats, weight = np.sum([jax.device_get(sums(params, mesh.place(b))) for b in some], axis=0)
-      found.append(float(nats / weight))
-    return found
-
-  return measure
+    with contextlib.closing(pipeline.make(model, task=domain(name), **told)) as source:
+      held.append([source() for _ in range(batches)])
+  return lambda params: [nats(params, some) for some in held]
 
 
 if __name__ == '__main__':

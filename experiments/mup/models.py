@@ -8,13 +8,11 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from experiments import small
 from llm_jax.core import tree, widths
-from llm_jax.model import attention, block, depth, ffn, heads, init, norms, transformer
+from llm_jax.model import depth, ffn, heads, init, norms
 from llm_jax.model.functions import Model
-from llm_jax.objectives import language
 from llm_jax.optim import chain, mup, rules, schedules
-from llm_jax.train import state as state_lib
-from llm_jax.train import step as step_lib
 
 HEAD_DIM = 32
 
@@ -63,14 +61,9 @@ def model(
   width: int, layers: int, vocab: int, multiplier: float = 1.0, recipe: Callable = init.palm
 ) -> Model:
   """A decoder with heads of 32, RoPE, RMSNorm, an MLP of twice its width and a head of its own."""
-  layer = functools.partial(
-    block.decoder,
-    mixer=functools.partial(attention.SelfAttention, heads=width // HEAD_DIM),
-    ffn=functools.partial(ffn.MLP, hidden=2 * width),
-    residual=functools.partial(norms.scaled, multiplier=multiplier),
-  )
-  sizes = dict(vocab=vocab, embed=width, layers=layers)
-  return transformer.causal(**sizes, block=layer, head=heads.Untied, init=recipe)
+  residual = functools.partial(norms.scaled, multiplier=multiplier)
+  sizes = dict(vocab=vocab, embed=width, layers=layers, heads=width // HEAD_DIM)
+  return small.decoder(**sizes, mlp=ffn.MLP, residual=residual, head=heads.Untied, init=recipe)
 
 
 class Program(NamedTuple):
@@ -90,26 +83,10 @@ def program(
 ) -> Program:
   """A size, trained for `steps`: the rate is warmed up over a tenth of them and comes down to zero on a line."""
   made = model(width, layers, vocab, multiplier)
-  objective = functools.partial(language.next_token, made, chunk=None)
   curve = functools.partial(
     schedules.linear, peak=1.0, steps=steps, warmup=max(1, steps // 10), floor=0.0
   )
-
-  @jax.jit
-  def run(peak: jax.Array, factors: Any, params: Any, batches: Any) -> tuple[Any, jax.Array]:
-    # the rate is traced, so it comes in as a scaling
-    scaling = lambda names, shape: peak * factors[names, shape]
-    tx = chain.make(made.axes, rule=rule, schedule=curve, clip=None, scaling=scaling)
-    update = step_lib.make(objective, tx)
-    first = state_lib.State(jnp.zeros((), jnp.int32), params, tx.init(params))
-
-    def one(state: Any, batch: Any) -> tuple:
-      state, metrics = update(state, batch, jax.random.key(0))
-      return state, metrics['loss']
-
-    last, losses = jax.lax.scan(one, first, batches)
-    return last.params, losses
-
+  run = small.scanned(made, rule=rule, schedule=curve, clip=None)
   looks = depth.exits(tuple(range(layers + 1)))._replace(end=lambda kept, finish: kept)
 
   @jax.jit

@@ -15,13 +15,10 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any, NamedTuple
 
 import jax
-import jax.numpy as jnp
-import numpy as np
 
+from experiments import small
 from experiments.mup import models, report
 from llm_jax.core import mesh
-from llm_jax.data import batch as batch_lib
-from llm_jax.data import pipeline, tasks, vocab
 from llm_jax.objectives import language
 
 VOCAB = 259  # bytes, padding, end, unknown
@@ -50,19 +47,8 @@ QUICK = Size(widths=(64, 128), rates=(-8, -6), seeds=1, steps=4, heldout=2, dept
 
 def text(size: Size, split: str, number: int, seed: int) -> dict[str, jax.Array]:
   """`number` batches of bytes of tiny Shakespeare, stacked: [number, batch, length]."""
-  source = pipeline.make(
-    models.model(models.HEAD_DIM, 1, VOCAB),
-    task=lambda: tasks.tiny_shakespeare(vocab=lambda t: vocab.bytes_(t, extra_ids=0, modes=())),
-    split=split,
-    batch=size.batch,
-    length=size.length,
-    rows=lambda: batch_lib.concatenate(),
-    seed=seed,
-  )
-  drawn = [source(None) for _ in range(number)]
-  source.close()
-  names = ('inputs', 'targets', 'weights')
-  return {name: jnp.asarray(np.stack([b[name] for b in drawn])) for name in names}
+  model = models.model(models.HEAD_DIM, 1, VOCAB)
+  return small.text(model, split, number, batch=size.batch, length=size.length, seed=seed)
 
 
 def learning_rates(size: Size, base: models.Base, done: dict[str, Any]) -> Iterator[None]:

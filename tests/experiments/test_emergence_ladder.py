@@ -1,5 +1,6 @@
 """The tasks of experiments/emergence have the right answers, and its shipped results show what its README says."""
 
+import functools
 import json
 import pathlib
 
@@ -49,8 +50,19 @@ def test_most_texts_are_wrong_about_a_fact():
   assert abs(wrong - data.WRONG) < 4 * np.sqrt(0.16 / 5000)
 
 
+def test_every_string_has_its_key_and_digits_of_its_own():
+  some, other = data.strings(0), data.strings(1)
+  assert len({tuple(t[:2]) for t in some.tokens}) == len(some.tokens) == data.STRINGS
+  assert some.answer.tolist() == [[False] * 2 + [True] * data.DIGITS_OF_STRING] * data.STRINGS
+  answers = some.tokens[:, 2:]
+  assert set(np.unique(answers)) == set(range(data.DIGIT, data.DIGIT + 10))
+  np.testing.assert_array_equal(some.tokens, data.strings(0).tokens)
+  assert abs((answers == other.tokens[:, 2:]).mean() - report.CHANCE) < 0.02
+
+
 def test_a_batch_is_packed_and_only_answers_count():
-  source, again = data.Source(16, 3), data.Source(16, 3)
+  draw = functools.partial(data.circuits, rows=16)
+  source, again = data.Source(draw, 3), data.Source(draw, 3)
   batch = source()
   np.testing.assert_array_equal(batch['targets'], again()['targets'])
   assert (source()['targets'] != batch['targets']).any()
@@ -66,11 +78,12 @@ def shipped():
 
 def test_shipped_metrics_agree_with_one_another(shipped):
   """Whatever a model is: the mean of a product is at most the smallest factor's, and at least e to the mean log."""
-  assert len(report.sizes(shipped['runs'])) >= 5
-  assert len({one['steps'] for one in shipped['runs']}) == 1  # the same tokens
-  for one in shipped['runs']:
-    for mark in one['marks']:
-      for task in report.TITLES:
+  for task in report.TITLES:
+    runs = report.of(shipped['runs'], task)
+    assert len(report.sizes(runs, task)) == 7
+    assert len({one['marks'][-1]['tokens'] for one in runs}) == 1
+    for one in runs:
+      for mark in one['marks']:
         told = mark[task]
         length, edits = told['length'], told['token_edit_distance']
         assert 0 <= told['exact_match'] <= told['token_accuracy'] <= 1 and 0 <= told['brier'] <= 2
@@ -84,10 +97,22 @@ def test_shipped_metrics_agree_with_one_another(shipped):
 
 def test_exact_match_is_the_power_of_a_token(shipped):
   """Schaeffer et al.: the jump of exact match is that of p^L, over all checkpoints of all sizes."""
-  for task in ('addition', 'recall'):
-    marks = [mark[task] for one in shipped['runs'] for mark in one['marks']]
+  for task in ('addition', 'recall', 'strings'):
+    marks = [mark[task] for one in report.of(shipped['runs'], task) for mark in one['marks']]
     p = report.token(marks)
     match = np.array([one['exact_match'] for one in marks])
     expected = emergence.whole(p, marks[0]['length'])  # the product over the positions
     assert np.corrcoef(expected, match)[0, 1] > 0.9
     assert np.abs(match - expected).mean() < np.abs(match - p).mean() / 2
+
+
+def test_strings_are_sharp_in_exact_match_and_smooth_otherwise(shipped):
+  """The other tasks jump in every metric, memory in one; the README says of the largest model what came out."""
+  sharp = shipped['sharpness']['strings']
+  assert sharp['exact_match'] > 1.3 * max(sharp[k] for k in ('log_likelihood', 'brier'))
+  assert report.memory(shipped['runs']) == [pytest.approx(one) for one in shipped['memory']]
+  measured, *guesses = shipped['memory']
+  readme = SHIPPED.with_name('README.md').read_text(encoding='utf-8')
+  for one in (measured, *guesses):
+    numbers = [one[k] for k in ('token_accuracy', 'token_edit_distance', 'exact_match', 'power')]
+    assert f'| {one["used"]} | ' + ' | '.join(f'{x:.3f}' for x in numbers) + ' |' in readme
