@@ -21,9 +21,8 @@ import jax.numpy as jnp
 from llm_jax.core import mesh, weights
 from llm_jax.model.kernels import HIDDEN
 
-# XLA on CPUs adds up an array of so many numbers, or more, in another order than a smaller one.
-SUMMED = 4096
 AXES = 'groups', None, None, 'head_dim'  # of a pool
+SUMMED = 4096  # XLA on CPUs adds up arrays of so many numbers, or more, in another order than smaller ones
 
 
 def pool(groups: int, pages: int, size: int, head_dim: int, dtype: Any) -> Any:
@@ -85,8 +84,9 @@ def attend(
   """[batch, t, heads, head_dim]: each query over the slots up to its own.
 
   q: [batch, t, heads, head_dim]; k, v: pools; slots: int32 [batch, t]. cap: see model/kernels.py. block: slots at a
-  time, rounded up to pages, None for 128 or so many that sums over 8 rows are `SUMMED` numbers. On a TPU one query per row, with heads as wide as its registers (a multiple of 128) and
-  plain pools, goes through the kernel of jax.experimental.pallas.ops.tpu. On a mesh each device takes its own groups.
+  time, rounded up to pages, None for 128, or for as many as sums over 8 rows need to be over `SUMMED` numbers. On a TPU
+  one query per row, with heads as wide as its registers (a multiple of 128) and plain pools, goes through the kernel of
+  jax.experimental.pallas.ops.tpu. On a mesh each device takes its own groups.
   """
   if block is None:
     block = max(128, -(-SUMMED * mesh.ways('groups') // (8 * q.shape[2])))
