@@ -317,6 +317,13 @@ def batch_ways() -> int:
   return 1 if mesh.empty else math.prod(mesh.shape[a] for a in _rules.get()['activations']['batch'])
 
 
+def ways(*axes: str | None) -> int:
+  """Over how many devices the rules split an activation whose axes have these names; 1 outside a mesh."""
+  on = current()
+  entries = [axis for entry in spec(*axes) for axis in named(entry)]
+  return 1 if on is None else math.prod(on.shape[axis] for axis in entries)
+
+
 def context() -> Hashable:
   """What a trace depends on here besides the mesh, which jax watches itself: a static argument for functions whose
   compiled code outlives a `with rules(...)`."""

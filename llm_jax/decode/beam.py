@@ -89,13 +89,6 @@ PRESETS = dict(
 )
 
 
-class Drawn(NamedTuple):
-  """How `sample` draws. key: of the call; sampling: its temperature and truncations."""
-
-  key: jax.Array
-  sampling: logits_lib.Sampling
-
-
 class _Static(NamedTuple):
   """What the compiled code depends on besides shapes."""
 
@@ -174,7 +167,7 @@ def search(
   presence: float = 0.0,
   frequency: float = 0.0,
   no_repeat_ngram: int = 0,
-  drawn: Drawn | None = None,
+  drawn: tuple[jax.Array, logits_lib.Sampling] | None = None,
 ) -> Beams:
   """The `n` (default all) best answers to each prompt that `beams` beams find. Prompts as in `generate.generate`.
 
@@ -196,7 +189,7 @@ def search(
   Raises `UserError` for wrong settings and prompts that do not fit. Compiled once per shape and setting.
   """
   told = dict(repetition=repetition, presence=presence, frequency=frequency)
-  drawing = dict(temperature=0.0) if drawn is None else drawn.sampling._asdict()
+  drawing = dict(temperature=0.0) if drawn is None else drawn[1]._asdict()
   chosen = logits_lib.check(**drawing | told | dict(no_repeat_ngram=no_repeat_ngram))
   n = beams if n is None else n
   _check(beams, groups, n, early_stopping)
@@ -211,7 +204,7 @@ def search(
     divisors=np.asarray(length_penalty(np.arange(1.0, max_new + 1)), np.float32),
     most=np.minimum(max_new, laid.slots - laid.last).astype(np.int32),
     diversity=np.float32(diversity),
-    keys=drawn and prompts_lib.row_keys(drawn.key, None, batch, total),
+    keys=drawn and prompts_lib.row_keys(drawn[0], None, batch, total),
   )
   functions = steps.functions(model, laid.slots)
   ways = beams, groups, n, early_stopping
@@ -251,7 +244,7 @@ def sample(
   chosen = logits_lib.check(temperature=temperature, top_k=top_k, top_p=top_p, **told)
   if temperature == 0:
     raise UserError('beam sampling needs a temperature above 0: with 0 it is beam.search')
-  return search(model, params, prompts, lengths, drawn=Drawn(key, chosen), **settings)
+  return search(model, params, prompts, lengths, drawn=(key, chosen), **settings)
 
 
 def text(
@@ -276,9 +269,8 @@ def text(
   found: list[str] = []
   for first in range(0, len(ids), batch):
     some = ids[first : first + batch]
-    find = search
-    if key is not None:
-      find = functools.partial(sample, key=jax.random.fold_in(key, first))
+    own = None if key is None else jax.random.fold_in(key, first)
+    find = search if own is None else functools.partial(sample, key=own)
     out = find(model, params, *prompts_lib.pad(model, some), n=n, **settings, **told)
     for prompt, rows, lengths in zip(some, np.asarray(out.tokens), out.lengths, strict=True):
       before = prompts_lib.shown(model, prompt)
@@ -396,9 +388,8 @@ def _choose(
   total = (live.scores[..., None] + worth).reshape(batch, -1)
   order = total
   if fixed.keys is not None:
-    key = lambda key: jax.random.fold_in(jax.random.fold_in(key, made), number)
-    noise = lambda key: jax.random.gumbel(key, total.shape[1:])
-    order = total + jax.vmap(noise)(jax.vmap(key)(fixed.keys))
+    fold = lambda key: jax.random.fold_in(jax.random.fold_in(key, made), number)
+    order += jax.vmap(lambda key: jax.random.gumbel(fold(key), total.shape[1:]))(fixed.keys)
   index = jax.lax.top_k(order, _candidates(static, fixed))[1]
   scores = jnp.take_along_axis(total, index, axis=1)
   parents, tokens = index // vocab, index % vocab

@@ -6,7 +6,8 @@ Rows that nobody uses have no pages, and what is computed for them is not looked
 **Bits.** What is computed for a row must not depend on the other rows. Attention walks over pages (model/paged.py),
 everything else works row by row but for matrix products, whose order of summation XLA chooses by the number of rows:
 the same for 8 to 32 on the CPUs tried, others below and above. So no call has more than `CHUNK` = 32 rows or tokens nor
-fewer than 8. tests/serve/test_engine.py holds this.
+fewer than 8. Sums along rows change their order where an array has 4,096 numbers: a model with rows that are on either
+side of that, in 8 of them and in 32, has steps of 32 alone (`buckets`), and attention sees to itself. Tests hold this.
 """
 
 import functools
@@ -27,6 +28,12 @@ from llm_jax.serve.requests import MOST_TOP
 CHUNK = 32
 BUCKETS = (8, 32)
 SETTINGS = tuple(name for name in logits_lib.Sampling._fields if name != 'no_repeat_ngram')
+
+
+def buckets(*widths: int) -> tuple[int, ...]:
+  """The numbers of rows that a step may have, for sums along rows of these widths."""
+  changes = [w for w in widths if BUCKETS[0] * w < paged.SUMMED <= BUCKETS[-1] * w]
+  return BUCKETS[-1:] if changes else BUCKETS
 
 
 class Sizes(NamedTuple):
@@ -85,6 +92,7 @@ class Device:
       )
     self.sizes, self._model, self._params, self._place = sizes, model, params, place
     self._head = model.head(params)
+    self.buckets = buckets(model.card.embed, model.card.rows)
     one = dict(inputs=jnp.zeros((1, 1), jnp.int32))
     fresh = model.states(params, one, sizes.length)
     self._fresh = {p: x for p, x in tree.flatten(fresh).items() if not _is_paged(p)}
@@ -107,7 +115,7 @@ class Device:
     nobody = np.full((1, self.sizes.table), -1, np.int32)
     x = self.read(np.zeros(CHUNK, np.int32), 0, 0, nobody[0], 0)
     self.prompt_logp(x, np.zeros(CHUNK, np.int32))
-    for rows in BUCKETS:
+    for rows in self.buckets:
       none = np.zeros(rows, np.int32)
       pages = np.repeat(nobody, rows, axis=0)
       x = self.step(none, none, pages, none + self.sizes.rows)
@@ -213,7 +221,7 @@ def slot_bytes(model: Any, params: Any, dtype: str | None) -> int:
   def count(x: jax.Array) -> int:
     groups, head_dim = x.shape[2], x.shape[4]
     pool = jax.eval_shape(lambda: paged.pool(groups, 1, 1, head_dim, dtype or x.dtype))
-    return x.shape[0] * tree.nbytes(pool) // placement.ways(*paged.AXES)
+    return x.shape[0] * tree.nbytes(pool) // mesh.ways(*paged.AXES)
 
   return sum(count(x) for path, x in tree.flatten(states).items() if _is_paged(path))
 

@@ -24,7 +24,7 @@ from llm_jax.core.errors import UserError
 from llm_jax.decode import logits as logits_lib
 from llm_jax.model import stack
 from llm_jax.serve import placement
-from llm_jax.serve.device import BUCKETS, CHUNK, SETTINGS, Device, Sizes, Told, slot_bytes
+from llm_jax.serve.device import CHUNK, SETTINGS, Device, Sizes, Told, slot_bytes
 from llm_jax.serve.pages import Pages
 from llm_jax.serve.requests import Full, Request, Token
 from llm_jax.serve.sequence import Sequence
@@ -207,8 +207,8 @@ class Engine:
         for _ in range(self._chunks):
           self._read()
         drawing = [one for one in self._active if not one.reading]
-        for first in range(0, len(drawing), BUCKETS[-1]):
-          self._step(drawing[first : first + BUCKETS[-1]])
+        for first in range(0, len(drawing), self._device.buckets[-1]):
+          self._step(drawing[first : first + self._device.buckets[-1]])
         if not self._active and not self._waiting:
           self._wake.wait(0.1)
           self._wake.clear()
@@ -276,7 +276,7 @@ class Engine:
     self._counts['forks_total'] += 1
     self._counts['prefix_hit_tokens_total'] += prompt
     if one.made == 0:
-      self._choose([one], np.stack([one.first] * BUCKETS[0]))
+      self._choose([one], np.stack([one.first] * self._device.buckets[0]))
 
   def _recall(self, one: Sequence) -> None:
     """Takes the chunks its prompt begins with from the cache, but never the last token's."""
@@ -350,7 +350,7 @@ class Engine:
       return
     one.first = np.asarray(x)[end - first - 1]
     if one.made == 0:
-      self._choose([one], np.stack([one.first] * BUCKETS[0]))
+      self._choose([one], np.stack([one.first] * self._device.buckets[0]))
 
   def _step(self, several: list[Sequence]) -> None:
     """Reads one token of each and draws the next, where it was not drawn before."""
@@ -361,7 +361,7 @@ class Engine:
     ]  # somebody's room may have cost another his
     if not ready:
       return
-    bucket = next(b for b in BUCKETS if b >= len(ready))
+    bucket = next(b for b in self._device.buckets if b >= len(ready))
     fill = lambda values, rest: np.array([*values, *[rest] * (bucket - len(ready))], dtype=np.int32)
     tokens = fill([one.tokens[one.read] for one in ready], 0)
     positions = fill([one.read for one in ready], 0)

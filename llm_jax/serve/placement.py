@@ -78,13 +78,6 @@ def find(model: Any) -> Placement:
   return Placement(on, rules)
 
 
-def ways(*axes: str | None) -> int:
-  """Over how many devices the rules split an array whose axes have these names."""
-  on = mesh.current()
-  used = [axis for entry in mesh.spec(*axes) for axis in mesh.named(entry)]
-  return 1 if on is None else math.prod(on.shape[axis] for axis in used)
-
-
 def spread(x: Any) -> Mapping[str, Any]:
   """How each leaf of a tree of arrays is split, by its path; {} on one device."""
   if mesh.current() is None:
