@@ -72,9 +72,9 @@ def adapted(way, steps=150, pretraining=300):
 
 @pytest.mark.slow
 def test_all_layers_are_better_than_the_output_and_that_is_no_worse_than_features_alone():
-  """Of 960 held-out rows 0.608 are right with all layers trained, 0.368 with the output, 0.366 with features alone, after
-  300 steps of language modelling and 150 of adaptation. Chance is 0.333 and two standard errors are 0.03, so that the
-  last two are not told apart by so small a model.
+  """Of 960 held-out rows 0.608 are right with all layers trained, 0.368 with the output, 0.366 with features alone
+  after 300 steps of language modelling and 150 of adaptation. Chance is 0.333 and two standard errors are 0.03, so
+  the last two are not told apart by so small a model.
   """
   found = {way: adapted(way) for way in recipe.WAYS}
   assert found['features'][1] == {'classes/w', 'classes/bias'}
