@@ -55,6 +55,13 @@ def held(engine: Engine) -> int:
   return sum(x.addressable_shards[0].data.nbytes for x in leaves)
 
 
+def assert_close(found: list, wanted: list, atol: float) -> None:
+  """The same tokens, and log-probabilities that differ by no more than `atol`."""
+  for some, others in zip(found, wanted, strict=True):
+    assert [t.id for t in some] == [t.id for t in others]
+    np.testing.assert_allclose([t.logp for t in some], [t.logp for t in others], atol=atol)
+
+
 CASES = {
   'attention': (dict(), 2, None),
   'int8': (dict(), 2, 'int8'),
@@ -79,15 +86,17 @@ def test_on_a_mesh_it_answers_as_on_one_device(case):
   with engine:
     alone = [engine.answer(request) for request in ASKED]
     crowd = [Request(prompt(100 + i, 3 + 9 * i), 12, DRAWN, seed=i) for i in range(9)]
-    assert together(engine, crowd[:5] + ASKED + crowd[5:])[5:9] == alone  # floats too
+    among = together(engine, crowd[:5] + ASKED + crowd[5:])[5:9]
+    if told.get('kind') == 'experts':  # they multiply what comes from all rows at once
+      assert_close(among, alone, 2e-6)
+    else:
+      assert among == alone  # floats too
     assert engine.stats()['compilations_total'] == 0 and engine.stats()['blocks_used'] == 0
     split = 1 if told.get('groups') == 1 else ways
     assert held(engine) == pytest.approx(whole / split, rel=0.02)  # positions in a ring are whole
     for x in jax.tree.leaves(engine._device._params):
       assert x.sharding.device_set == set(jax.devices()[:ways])
-  for found, wanted in zip(alone, expected, strict=True):
-    assert [t.id for t in found] == [t.id for t in wanted]
-    np.testing.assert_allclose([t.logp for t in found], [t.logp for t in wanted], atol=2e-4)
+  assert_close(alone, expected, 2e-4)
 
 
 @pytest.mark.parametrize(
