@@ -139,7 +139,8 @@ def test_state_and_optimizer_divide_over_eight_devices(file, text):
   c, model = read(file, text), model_of(file, text)
   with jax.set_mesh(mesh.make(**c.mesh)), mesh.rules(**c.axes):
     layout = state_lib.layout(model, build(c.optimizer)(model.axes), c.trainable)
-    mesh.check_batch(inner(c).batch, c.microbatches)
+    if inner(c).batch >= jax.device_count():  # a command that makes it smaller is for one device
+      mesh.check_batch(inner(c).batch, c.microbatches)
     if c.mesh.fsdp == -1:  # what is too large for one device is split over all
       shapes = jax.eval_shape(model.init, jax.random.key(0))
       one = jax.tree.map(
