@@ -293,20 +293,12 @@ def _run(
 
 
 def _initial(part: Stack, ends: Ends, params: Params, rows: int, length: int) -> dict:
-  def place(path: str, x: jax.Array) -> jax.Array:
-    rest = (None,) * (x.ndim - 2)
-    if path.endswith(
-      ('/k', '/v')
-    ):  # of attention, and its rings; what else there is has other axes
-      rest = ('groups', 'length', 'head_dim')
-    elif path.endswith(('_k', '_v')):
-      rest = ('length', 'groups', 'head_dim')
-    return mesh.shard(x, 'layers', 'batch', *rest)
-
   states = stack.initial(part.segments, rows, length, ends.embed, ends.dtype)
   if stack.is_apart(params.get(part.name, {})):
     states = stack.apart(states)
-  return tree_lib.map_paths(place, states)
+  axes = stack.axes_apart(stack.state_axes(part.segments), states)
+  names = tree_lib.flatten(axes, is_leaf=tree_lib.is_names)
+  return tree_lib.map_paths(lambda path, x: mesh.shard(x, *names[path]), states)
 
 
 def _length(states: Any) -> int | None:

@@ -244,6 +244,14 @@ class SelfAttention(nn.Module):
     ring = jnp.zeros((batch, size, groups, head_dim), dtype)
     return dict(ring_k=ring, ring_v=ring, at=jnp.full((batch, size), -1, jnp.int32))
 
+  @nn.nowrap
+  def state_axes(self) -> dict[str, tuple]:
+    """Names of the axes of `initial`."""
+    if not self._turns():
+      return dict.fromkeys(('k', 'v'), ('batch', 'groups', 'length', 'head_dim'))
+    ring = 'batch', 'length', 'groups', 'head_dim'
+    return dict(ring_k=ring, ring_v=ring, at=ring[:2])
+
 
 class CrossAttention(nn.Module):
   """Attention of a decoder to `ctx.encoded`; fields as in `SelfAttention`.
@@ -285,4 +293,9 @@ class CrossAttention(nn.Module):
   def initial(self, batch: int, length: int, embed: int, dtype: Any) -> State:
     """{}: made from the encoder's output on the first call."""
     del batch, length, embed, dtype
+    return {}
+
+  @nn.nowrap
+  def state_axes(self) -> dict[str, tuple]:
+    """Names of the axes of `initial`."""
     return {}

@@ -64,6 +64,11 @@ class Block(nn.Module):
     """The state of an empty context, one entry per mixer."""
     return {name: make().initial(batch, length, embed, dtype) for name, make in self.mixers}
 
+  @nn.nowrap
+  def state_axes(self) -> dict:
+    """Names of the axes of `initial`."""
+    return {name: make().state_axes() for name, make in self.mixers}
+
 
 def _keyed(ctx: Context, number: int) -> Context:
   """The context with a dropout key of its own for the place `number`."""

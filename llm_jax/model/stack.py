@@ -20,6 +20,7 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 
+from llm_jax.core import tree as tree_lib
 from llm_jax.core.errors import UserError, nearest
 from llm_jax.model import param
 from llm_jax.model.attention import Context
@@ -90,6 +91,19 @@ def initial(stack: tuple[Segment, ...], batch: int, length: int, embed: int, dty
 
   return {
     key: {f'block_{i}': one(block, segment.repeats) for i, block in enumerate(segment.blocks)}
+    for key, segment in zip(keys(stack), stack, strict=True)
+  }
+
+
+def state_axes(stack: tuple[Segment, ...]) -> dict:
+  """Names of the axes of `initial`."""
+
+  def one(block: Block) -> dict:
+    own = block.state_axes()
+    return jax.tree.map(lambda names: ('layers', *names), own, is_leaf=tree_lib.is_names)
+
+  return {
+    key: {f'block_{i}': one(block) for i, block in enumerate(segment.blocks)}
     for key, segment in zip(keys(stack), stack, strict=True)
   }
 
@@ -170,6 +184,15 @@ def apart(params: dict, free: bool = False) -> dict:
   Copies the layers leaf by leaf. free: deletes each stacked leaf after that; nobody may use it any more.
   """
   return {key: _apart(key, value, free) for key, value in params.items()}
+
+
+def axes_apart(axes: Any, params: Any) -> Any:
+  """The axis names of a tree that `apart` made, from those of the tree it was made of."""
+  if isinstance(params, tuple):
+    return tuple(axes for _ in params)
+  if isinstance(params, dict):
+    return {key: axes_apart(axes[key], value) for key, value in params.items()}
+  return axes
 
 
 def is_apart(params: dict) -> bool:

@@ -320,6 +320,9 @@ class Decayed(nn.Module):
     """Of the recurrent form."""
     return dict(s=jnp.zeros((batch, self.heads, self.head_dim, self.head_dim), jnp.float32))
 
+  def state_axes(self):
+    return dict(s=('batch', 'heads', 'head_dim', None))
+
 
 def mixed():
   """Two segments of unequal blocks: attention of two sizes, a mixture of experts, a mixer without keys."""
