@@ -22,7 +22,9 @@ from llm_jax.core import mesh, weights
 from llm_jax.model.kernels import HIDDEN
 
 AXES = 'groups', None, None, 'head_dim'  # of a pool
-SUMMED = 4096  # XLA on CPUs adds up arrays of so many numbers, or more, in another order than smaller ones
+SUMMED = (
+  4096  # XLA on CPUs adds up arrays of so many numbers, or more, in another order than smaller ones
+)
 
 
 def pool(groups: int, pages: int, size: int, head_dim: int, dtype: Any) -> Any:

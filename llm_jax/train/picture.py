@@ -14,8 +14,8 @@ def draw(workdir: str, *, name: str = 'heldout') -> str | None:
   """Writes `loss.png`; returns its path, or None when there are fewer than two points to draw.
 
   Above the training loss in nats per token, each line's average and a smoothed curve; below, where it was evaluated,
-  bits per byte of the text `name`, or the share of the pairs `name` in the right order beside that by chance. Both
-  against the tokens or pairs trained on.
+  bits per byte of the text `name`, the share of the pairs `name` in the right order beside that by chance, or the share
+  of its texts in the right class. Both against the tokens or pairs trained on.
   """
   lines = files.lines(os.path.join(workdir, metrics.FILE))
   steps, loss = column(lines, 'loss')
@@ -23,11 +23,14 @@ def draw(workdir: str, *, name: str = 'heldout') -> str | None:
     return None
   at, held = column(lines, f'{name}/bits_per_byte')
   of_loss, of_held, unit = 'nats per token', 'held-out text\n(bits per byte)', 'tokens'
-  pairs = not len(at)
-  if pairs:
+  classes = len(column(lines, f'{name}/label_nll')[0])
+  pairs = not len(at) and not classes
+  if not len(at):
     at, held = column(lines, f'{name}/accuracy')
-    if len(at):
-      of_loss, of_held, unit = 'per pair', 'held-out pairs\n(accuracy)', 'pairs'
+  if classes:
+    of_loss, of_held = 'per text', 'held-out texts\n(accuracy)'
+  elif pairs and len(at):
+    of_loss, of_held, unit = 'per pair', 'held-out pairs\n(accuracy)', 'pairs'
   tokens = column(lines, 'tokens')
   panels = _panels(2 if len(at) else 1)
   x = np.interp(steps, *tokens)

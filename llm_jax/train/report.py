@@ -79,10 +79,13 @@ def summary(workdir: str, step: int, steps: int) -> str:
   here = os.path.relpath(workdir) if not os.path.relpath(workdir).startswith('..') else workdir
   bits, loss = last_value(workdir, 'heldout/bits_per_byte'), last_value(workdir, 'loss')
   right, earned = last_value(workdir, 'heldout/accuracy'), last_value(workdir, 'heldout/reward')
+  classes = last_value(workdir, 'heldout/label_nll') is not None
   unit = '' if last_value(workdir, 'nats') is None else ' nats per token'
   result = '' if loss is None else f'training loss: {loss:.4f}{unit}'
   if bits is not None:
     result = f'held-out text: {bits:.3f} bits per byte'
+  elif classes:
+    result = f'held-out texts: {100 * right:.1f} % in the right class'
   elif right is not None:
     result = f'held-out pairs: {100 * right:.1f} % in the right order'
   elif earned is not None:
@@ -97,8 +100,9 @@ def summary(workdir: str, step: int, steps: int) -> str:
     'config.json': 'the config this run used',
   }
   there = {n: what for n, what in places.items() if os.path.exists(os.path.join(workdir, n))}
+  write = {f'llm-jax generate --workdir={here} --prompt="ROMEO:"': 'let it write'}
   commands = {
-    f'llm-jax generate --workdir={here} --prompt="ROMEO:"': 'let it write',
+    **({} if classes else write),
     f'llm-jax train --config={here}/config.json --config.seed=1 --workdir={here}-seed1': 'again, another seed',
     'llm-jax train --config=configs/pretrain/ul2.py --workdir=runs/ul2': 'another objective',
   }

@@ -61,6 +61,11 @@ class LSTM(nn.Module):
     del length
     return self._zeros(batch, self.hidden or embed, dtype)
 
+  @nn.nowrap
+  def state_axes(self) -> dict[str, tuple]:
+    """Names of the axes of `initial`."""
+    return dict(h=('batch', 'ffn'), c=('batch', 'ffn'))
+
 
 def steps(
   gates: jax.Array,

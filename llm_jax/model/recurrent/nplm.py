@@ -45,3 +45,8 @@ class NPLM(nn.Module):
     """{window: zeros [batch, window - 1, embed]}."""
     del length
     return dict(window=jnp.zeros((batch, self.window - 1, embed), dtype))
+
+  @nn.nowrap
+  def state_axes(self) -> dict[str, tuple]:
+    """Names of the axes of `initial`."""
+    return dict(window=('batch', 'taps', 'embed'))
