@@ -12,7 +12,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from llm_jax.core import mesh
+from llm_jax.core import files, mesh
 from llm_jax.data import batch as batching
 from llm_jax.data import pipeline, tasks, vocab
 from llm_jax.model import attention, block, ffn, norms, transformer
@@ -31,10 +31,7 @@ class Cells:
 
   def all(self) -> dict[str, dict[str, Any]]:
     """Name -> what was measured."""
-    if not os.path.exists(self._path):
-      return {}
-    with open(self._path, encoding='utf-8') as f:
-      return {one['cell']: one for one in map(json.loads, f)}
+    return {one['cell']: one for one in files.lines(self._path)}
 
   def once(self, name: str, make: Callable[[], dict[str, Any]]) -> dict[str, Any]:
     """What `name` measured; `make()` does where it has not been. cpu: seconds of all the process's threads."""

@@ -34,6 +34,11 @@ def pytest_unconfigure(config):
   shutil.rmtree(config.llm_jax_cache, ignore_errors=True)
 
 
+def pytest_collection_modifyitems(items):
+  """The longest first, or one worker would be at them when the others are done."""
+  items.sort(key=lambda item: item.path.name != 'test_notebooks.py')
+
+
 @pytest.fixture(autouse=True, scope='module')
 def mappings():
   """Lets go of compiled programs before a process has more memory mappings than Linux allows (65,530 by default).

@@ -4,8 +4,7 @@ r"""Chain of Hindsight: a better and a worse answer in one text, each announced;
   llm-jax train --config=configs/align/coh.py:tiny --workdir=runs/coh-tiny
 
 Differs from dpo.py in the data, pairs written as conversations, and in the objective, language modelling of the answers
-where up to 15 % of what was read is forgotten. Tiny:
-3.36 nats per held-out token after 20 steps.
+where up to 15 % of what was read is forgotten. Tiny: 3.18 nats per held-out token after 60 steps.
 """
 
 from configs.align import dpo

@@ -3,8 +3,8 @@ r"""SimPO: mean log-probabilities instead of a reference, and a margin by which 
   llm-jax train --config=configs/align/simpo.py --workdir=runs/simpo
   llm-jax train --config=configs/align/simpo.py:tiny --workdir=runs/simpo-tiny
 
-Differs from dpo.py in the objective and in having no reference. Tiny: held-out accuracy 0.74
-of 97 pairs after 30 steps, less later.
+Differs from dpo.py in the objective and in having no reference. Tiny: held-out accuracy 0.73 of 97 pairs after 60
+steps, 0.74 half-way.
 """
 
 from configs.align import dpo

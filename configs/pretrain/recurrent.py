@@ -5,8 +5,8 @@ r"""Recurrent models on tiny Shakespeare: Mamba, Mamba-2, RWKV-4, RetNet, S4, S4
   llm-jax train --config=configs/pretrain/recurrent.py:retnet --workdir=runs/retnet
   llm-jax train --config=configs/pretrain/recurrent.py:hybrid --workdir=runs/hybrid
 
-Differs from configs/pretrain/lm.py in its blocks. Also `:mamba2`, `:s4`, `:s4d`, `:h3`, `:hyena`. The hybrid repeats
-three blocks of Mamba and one of attention (the ratio of Jamba is seven to one, arXiv:2403.19887).
+Differs from configs/pretrain/lm.py in its blocks. Also `:mamba2`, `:s4`, `:s4d`, `:h3`, `:hyena`, `:lstm`. The hybrid
+repeats three blocks of Mamba and one of attention (the ratio of Jamba is seven to one, arXiv:2403.19887).
 
 Expected: 3.70 held-out bits per byte after `:mamba,steps=100` (200,000 tokens, from 6.6 nats per token at step 20).
 """
@@ -15,7 +15,7 @@ from configs.pretrain import lm
 from llm_jax.core.config import use, variant
 from llm_jax.core.errors import UserError, nearest
 from llm_jax.model import attention, block, ffn, norms, transformer
-from llm_jax.model.recurrent import h3, hyena, mamba, mamba2, retnet, rwkv, s4
+from llm_jax.model.recurrent import h3, hyena, lstm, mamba, mamba2, retnet, rwkv, s4
 
 EMBED = 192
 
@@ -47,5 +47,6 @@ def blocks(length):
     s4d=feed(use(s4.S4D)),
     h3=feed(use(h3.H3)),
     hyena=feed(use(hyena.Hyena, length=length)),
+    lstm=feed(use(lstm.LSTM)),
     hybrid=(one, one, one, feed(use(attention.SelfAttention, heads=4))),
   )

@@ -3,10 +3,12 @@ al. 2022, arXiv:2210.11416).
 
   llm-jax train --config=configs/pretrain/span_corruption.py --workdir=runs/span_corruption
   llm-jax train --config=configs/tune/flan_t5.py --workdir=runs/flan_t5
+  llm-jax train --config=configs/tune/flan_t5.py:run=none,batch=4,steps=40 --workdir=runs/flan_t5-short
 
 Differs from sft.py in the architecture and in the data: a mixture of task collections in proportion to their sizes,
 with Flan's cap on how many examples of one count, and Adafactor at a constant rate. It goes on from `run`, a run of an
-encoder-decoder, and starts from scratch where there is none yet.
+encoder-decoder, and starts from scratch where there is none yet. The short command does the latter: 40 steps take the
+held-out loss from 7.19 (after six) to 6.08 nats per token. The recipe in full was not measured.
 """
 
 import os

@@ -4,10 +4,13 @@ r"""Multi-stage instruction tuning: first tasks, then chat, with some of the tas
   make smollm2
   llm-jax train --config=configs/tune/multistage.py --workdir=runs/multistage
   llm-jax train --config=configs/tune/multistage.py:tiny,steps=300 --workdir=runs/multistage-tiny
+  llm-jax train --config=configs/tune/multistage.py:tiny,steps=40,batch=2 --workdir=runs/multistage-short
 
 Differs from chat.py in the source: its data in two stages of half the steps each, the instructions alone and then the
 conversations with `replay` of the instructions, in one run with one schedule. The tiny model reads bytes, so that both
-stages have one vocabulary.
+stages have one vocabulary. The short command takes the held-out loss, of conversations and instructions, from 4.88
+(after six steps) to 3.29 four steps into the second stage and 3.18 nats per token at the end; the longer ones were not
+measured.
 """
 
 from configs.tune import chat

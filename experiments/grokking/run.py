@@ -8,24 +8,21 @@ every batch (Power et al. 2022, arXiv:2201.02177). OUT/cells.jsonl has a line pe
 Writes results.json and grokking.png.
 """
 
+import argparse
 import functools
 import json
 import os
-import sys
 from collections.abc import Mapping, Sequence
 from typing import Any, NamedTuple
 
 import jax
 import numpy as np
-from absl import app, flags
 
 from experiments import small
 from llm_jax.model import init, positions
 from llm_jax.objectives import language
 from llm_jax.optim import chain, rules, schedules
 
-OUT = flags.DEFINE_string('out', 'runs/grokking', 'where the results go')
-QUICK = flags.DEFINE_bool('quick', False, 'a few updates, to see it work')
 ENOUGH = 0.99  # the accuracy that counts as knowing
 
 
@@ -45,17 +42,20 @@ PLANS = (Plan(53, 0.4, 1.0, 3000), Plan(53, 0.4, 0.0, 3000))
 TRY = (Plan(11, 0.5, 1.0, 40, width=16),)
 
 
-def main(argv: list[str]) -> None:
+def main(argv: Sequence[str] | None = None) -> None:
   """Runs it."""
-  del argv
-  cells = small.Cells(OUT.value)
+  parser = argparse.ArgumentParser(description=__doc__.partition('\n')[0])
+  parser.add_argument('--out', default='runs/grokking', help='where the results go')
+  parser.add_argument('--quick', action='store_true', help='a few updates, to see it work')
+  given = parser.parse_args(argv)
+  cells = small.Cells(given.out)
   runs = []
-  for plan in TRY if QUICK.value else PLANS:
+  for plan in TRY if given.quick else PLANS:
     name = ' '.join(f'{k} {v}' for k, v in plan._asdict().items())
     runs.append(cells.once(name, functools.partial(trained, plan)))
-  with open(os.path.join(OUT.value, 'results.json'), 'w', encoding='utf-8') as f:
+  with open(os.path.join(given.out, 'results.json'), 'w', encoding='utf-8') as f:
     json.dump(runs, f)
-  figure(runs).savefig(os.path.join(OUT.value, 'grokking.png'), format='png')
+  figure(runs).savefig(os.path.join(given.out, 'grokking.png'), format='png')
   print(table(runs))
 
 
@@ -157,4 +157,4 @@ def figure(runs: Sequence[Mapping[str, Any]]) -> Any:
 
 
 if __name__ == '__main__':
-  app.run(main, argv=sys.argv)
+  main()

@@ -18,7 +18,7 @@ import jax
 
 from experiments import small
 from experiments.mup import models, report
-from llm_jax.core import mesh
+from llm_jax.core import files, mesh
 from llm_jax.objectives import language
 
 VOCAB = 259  # bytes, padding, end, unknown
@@ -147,22 +147,15 @@ def main(argv: Sequence[str] | None = None) -> None:
     told = stored | dict(settings=told['settings'])
   with jax.set_mesh(mesh.make(data=1)):
     for _ in learning_rates(size, base, told['runs']):
-      write(path, told)
+      files.write(path, json.dumps(told, indent=1) + '\n')
     told.setdefault('coordinates', None)
     if told['coordinates'] is None:
       told['coordinates'] = coordinates(size, base)
   told['optima'] = report.optima(told)
-  write(path, told)
+  files.write(path, json.dumps(told, indent=1) + '\n')
   report.transfer(told, os.path.join(given.out, 'transfer.png'))
   report.coordinates(told, os.path.join(given.out, 'coordinates.png'))
   print(report.tables(told))
-
-
-def write(path: str, told: Any) -> None:
-  """The file appears whole."""
-  with open(f'{path}.new', 'w', encoding='utf-8') as f:
-    f.write(json.dumps(told, indent=1) + '\n')
-  os.replace(f'{path}.new', path)
 
 
 if __name__ == '__main__':

@@ -15,7 +15,7 @@ import time
 from llm_jax.cli import fit as fit_command
 from llm_jax.cli import main as commands
 from llm_jax.cli import train
-from llm_jax.core import config
+from llm_jax.core import config, files
 from llm_jax.core.errors import UserError
 from llm_jax.model import count
 from llm_jax.scaling import ladder, sweep, workers
@@ -51,7 +51,7 @@ def announce(out: str) -> sweep.Cell:
   if not os.path.exists(path):
     said = ladder.predict(ladder.fit(ladder.read(sweep.results(out))), n, d)
     when = time.strftime('%Y-%m-%dT%H:%M:%SZ', time.gmtime())
-    sweep.write(path, json.dumps(dict(written=when, parameters=n, tokens=d, **said), indent=1))
+    files.write(path, json.dumps(dict(written=when, parameters=n, tokens=d, **said), indent=1))
   return cell
 
 

@@ -19,7 +19,7 @@ from typing import Any, NamedTuple
 import jax
 from absl import flags
 
-from llm_jax.cli.flags import parse, read_config
+from llm_jax.cli.flags import mesh_sizes, parse, read_config
 from llm_jax.cli.main import main as command
 from llm_jax.core import mesh, tree
 from llm_jax.core.config import ConfigDict, build, from_json, use
@@ -177,7 +177,12 @@ def _list() -> str:
 
 
 def _head(subject: Subject, card: Any) -> str:
-  names = dict(causal='causal decoder', prefix='prefix decoder', encoder_decoder='encoder-decoder')
+  names = dict(
+    causal='causal decoder',
+    prefix='prefix decoder',
+    encoder='encoder',
+    encoder_decoder='encoder-decoder',
+  )
   context = 'any context' if card.length is None else f'context {card.length:,}'
   lines = [
     f'{subject.name}: {names[card.kind]}, embed {card.embed:,}, vocabulary {card.vocab:,}, {context}, '
@@ -186,7 +191,8 @@ def _head(subject: Subject, card: Any) -> str:
   if subject.row is not None:
     lines.append(subject.row.paper)
     lines += [f'note: {subject.row.note}'] if subject.row.note else []
-  for name, kinds in (('encoder', card.encoder), ('decoder', card.decoder)):
+  one = 'encoder' if card.kind == 'encoder' else 'decoder'
+  for name, kinds in (('encoder', card.encoder), (one, card.decoder)):
     lines += [f'{name}: {kind.repeats} x {_kind(kind)}' for kind in kinds]
   return '\n'.join(lines)
 
@@ -315,10 +321,11 @@ def _training(subject: Subject, card: Any, encoder: int) -> list[str]:
 
 
 def _memory(subject: Subject, model: Any, shapes: Any, given: flags.FlagValues) -> str:
-  sizes = _sizes(given.mesh)
+  sizes = mesh_sizes(given.mesh)
   on, devices = mesh.abstract(**sizes), math.prod(sizes.values())
   name, table_ = _rules(subject, given)
-  table_, whole = _divisible(table_, model.axes, shapes, sizes)
+  table_, why = mesh.divisible(model.axes, shapes, sizes, table_)
+  whole = [f'{axis} ({reason})' for axis, reason in why.items()]
   rule, tx = _optimizer(subject, model, given)
   trainable = subject.run.get('trainable')
   with mesh.rules(**table_):
@@ -347,17 +354,6 @@ def _each(shardings: Any, shapes: Any) -> int:
   return tree.nbytes(parts)
 
 
-def _sizes(text: str) -> dict[str, int]:
-  """'fsdp=16,tensor=4' as sizes."""
-  found = {}
-  for one in filter(None, text.split(',')):
-    name, _, size = one.partition('=')
-    if not size.isdigit():
-      raise UserError(f'--mesh={text}: write sizes as in --mesh=data=8,fsdp=16')
-    found[name] = int(size)
-  return found
-
-
 def _rules(subject: Subject, given: flags.FlagValues) -> tuple[str, Mapping[str, Any]]:
   if given.axes is None and subject.run.get('axes'):
     return 'of the config', {k: dict(v) for k, v in subject.run['axes'].items()}
@@ -365,27 +361,6 @@ def _rules(subject: Subject, given: flags.FlagValues) -> tuple[str, Mapping[str,
   if name not in RULES:
     raise UserError(f'no axis rules {name!r}; {nearest(name, RULES)}')
   return name, RULES[name]
-
-
-def _divisible(
-  table_: Mapping[str, Any], axes: Any, shapes: Any, sizes: Mapping[str, int]
-) -> tuple[dict, list[str]]:
-  """The rules less the axes that do not divide over the mesh, and which those are."""
-  names = tree.flatten(axes, is_leaf=tree.is_names)
-  found: dict[str, set[int]] = {}
-  for path, leaf in tree.flatten(shapes).items():
-    for name, size in zip(names[path], leaf.shape, strict=True):
-      found.setdefault(name, set()).add(size)
-  left, whole = {}, {}
-  for kind, entries in table_.items():
-    left[kind] = dict(entries)
-    for name, over in entries.items():
-      ways = math.prod(sizes.get(axis, 1) for axis in over)
-      bad = [n for n in found.get(name, ()) if n % ways]
-      if bad and kind != 'activations':
-        left[kind][name] = ()
-        whole[name] = f'{name} ({bad[0]:,} does not divide by {"x".join(over)}={ways})'
-  return left, list(whole.values())
 
 
 def _optimizer(subject: Subject, model: Any, given: flags.FlagValues) -> tuple[str, Any]:

@@ -16,6 +16,7 @@ from absl import flags
 
 from llm_jax.cli.flags import parse, read_sweep
 from llm_jax.cli.main import main as command
+from llm_jax.core import files
 from llm_jax.core.config import to_json
 from llm_jax.core.errors import UserError
 from llm_jax.scaling import figures, ladder, sweep
@@ -52,7 +53,7 @@ def main(argv: list[str]) -> int:
       value = one['predicted']['loss']
       said = f'{one["loss"]:.4f} where {value:.4f} was predicted, {one["error"]:+.2%}'
       print(f'held out {one["cell"]}: {said}')
-  sweep.write(os.path.join(folder, 'fit.json'), json.dumps(told, indent=1))
+  files.write(os.path.join(folder, 'fit.json'), json.dumps(told, indent=1))
   path = figures.draw(table, found, os.path.join(folder, 'fit.png'), heldout=heldout, optimum=best)
   print(f'\n{os.path.join(folder, "fit.json")} has the numbers, {path} shows them')
   return 0
@@ -87,7 +88,7 @@ def _config(folder: str, ours: list[str]):
 def _write_optimal(folder: str, sized, best: dict) -> None:
   """The config of the optimum, and how to run it."""
   recipe = sized(parameters=best['parameters'], tokens=best['tokens'], devices=best['devices'])
-  path = sweep.write(os.path.join(folder, OPTIMAL), to_json(recipe))
+  path = files.write(os.path.join(folder, OPTIMAL), to_json(recipe))
   print(f'llm-jax train --config={path} --workdir={os.path.join(folder, "optimal")}')
 
 

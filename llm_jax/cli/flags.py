@@ -10,7 +10,7 @@ import sys
 import jax
 from absl import flags
 
-from llm_jax.core import config
+from llm_jax.core import config, mesh
 from llm_jax.core.errors import UserError, nearest
 
 
@@ -81,6 +81,19 @@ def _overridden(cfg, overrides: list[tuple[str, str]]):
     config.override(cfg, name, value)
   config.check(cfg)
   return cfg
+
+
+def mesh_sizes(text: str) -> dict[str, int]:
+  """`--mesh=fsdp=16,tensor=4` as sizes."""
+  found = {}
+  for one in filter(None, text.split(',')):
+    name, _, size = one.partition('=')
+    if name not in mesh.AXES:
+      raise UserError(f'--mesh={text}: no mesh axis {name!r}; {nearest(name, mesh.AXES)}')
+    if not size.isdigit():
+      raise UserError(f'--mesh={text}: write sizes as in --mesh=data=8,fsdp=16')
+    found[name] = int(size)
+  return found
 
 
 def join_cluster() -> None:

@@ -8,8 +8,9 @@ The workdir is all it needs: config, vocabulary and newest checkpoint. Without a
 Mode tokens and sentinels are written as text: --prompt="[S]ROMEO:", --prompt="To be <extra_id_0> not to be".
 
 --beams=4 searches for the likeliest text instead of drawing one (--num then are the best of them), and --preset=t5_beam
-as T5 did. --explain prints for every token the candidates and what each setting did to them. --regex='(yes|no)' and
---schema=FILE draw only what matches.
+as T5 did; with --temperature, --top_p and the like beside it, as in --preset=survey, the beams are drawn. --explain
+prints for every token the candidates and what each setting did to them. --regex='(yes|no)' and --schema=FILE draw only
+what matches.
 
 --chat writes what is said as the model's chat template does, its own or the one it was tuned with here: a --prompt is
 answered once; without one every line of the input is a turn of a conversation, until it ends (Ctrl-D).
@@ -20,6 +21,7 @@ import itertools
 import json
 import os
 import sys
+from collections.abc import Callable
 from typing import Any
 
 import jax
@@ -51,7 +53,7 @@ SAMPLING = (
   ('frequency', 0.0, 'the same, times their number'),
   ('no_repeat_ngram', 0, 'no n-gram of this length twice; 0 is off'),
 )
-# Those of `beam.search`, which heeds no temperature and no truncation.
+# Those of `beam.search`, and what it heeds of the others: all of them make it `beam.sample`.
 BEAM = ('beams', 'length_penalty', 'early_stopping', 'groups', 'diversity')
 SEARCHED = ('repetition', 'presence', 'frequency', 'no_repeat_ngram')
 GREEDY = 'temperature', 0
@@ -80,7 +82,8 @@ def main(argv: list[str]) -> int:
       explain.show(model, params, words, prompts, key, **settings)
     elif 'beams' in settings:
       asked = prompts[:: given.num]
-      texts = beam.text(model, params, words, asked, n=given.num, **settings)
+      told = (key,) if 'temperature' in settings else ()
+      texts = beam.text(model, params, words, asked, *told, n=given.num, **settings)
       _blocks(prompts, texts, shown)
     elif len(prompts) == 1:
       settings['guides'] = guides
@@ -103,16 +106,22 @@ def _blocks(prompts: list[str], texts: list[str], shown: bool) -> None:
     print(f'{head}{prompt * shown}{text}' + '\n' * (len(prompts) > 1))
 
 
-def load(workdir: str | None, step: int | None = None) -> tuple[Any, Any, Any]:
+def load(
+  workdir: str | None, step: int | None = None, lay: Callable | None = None
+) -> tuple[Any, Any, Any]:
   """(model, params, vocabulary) of the run in `workdir` at a step that was kept, default the newest."""
-  _, model, params = load_model(workdir, step)
+  _, model, params = load_model(workdir, step, lay=lay)
   return model, params, vocab.load(os.path.join(os.path.expanduser(workdir), 'vocab'))
 
 
 def load_model(
-  workdir: str | None, step: int | None = None, flag: str = 'workdir'
+  workdir: str | None,
+  step: int | None = None,
+  flag: str = 'workdir',
+  lay: Callable | None = None,
 ) -> tuple[Any, Any, Any]:
-  """(the model's part of the config, model, params) of a run. flag: the one that names it."""
+  """(the model's part of the config, model, params) of a run. flag: the one that names it. lay: from the model and the
+  shapes of its parameters to those with shardings; None for one device."""
   if not workdir:
     raise UserError(f'name the run: --{flag}=DIR')
   workdir = os.path.expanduser(workdir)
@@ -132,6 +141,7 @@ def load_model(
     described = from_json(json.dumps(json.load(f)['model']))  # the rest is not needed nor imported
   model = build(described)()
   shapes = jax.eval_shape(model.init, jax.random.key(0))
+  shapes = shapes if lay is None else lay(model, shapes)
   source = workdir if step is None else os.path.join(folder, str(step))
   return described, model, checkpoint.load_params(source, shapes)
 
@@ -185,13 +195,19 @@ def _settings(given: flags.FlagValues) -> dict[str, Any]:
   stop, max_new = tuple(given.stop), settings['max_new']
   if settings['beams'] == 1:
     return dict(sampling, max_new=max_new, stop=stop)
-  told = {n for n in sampling if given[n].present} | PRESETS.get(given.preset, {}).keys()
-  drawn = [n for n in sampling if n in told and n not in SEARCHED and (n, sampling[n]) != GREEDY]
-  drawn += [name for name in ('chat', 'explain') if given[name].value]
-  if drawn:
-    raise UserError(f'a beam search draws nothing: leave out {drawn[0]} or --beams')
-  searched = {n: settings[n] for n in (*BEAM, *SEARCHED) if n in settings}
-  return dict(searched, max_new=max_new, stop=stop)
+  wrong = [name for name in ('chat', 'explain') if given[name].value]
+  if wrong:
+    raise UserError(f'beams are for a --prompt alone: leave out {wrong[0]} or --beams')
+  drawn = [n for n in sampling if n not in SEARCHED and (n, sampling[n]) != GREEDY]
+  told = [n for n in drawn if given[n].present]
+  if settings.get('temperature') == 0 and told:
+    raise UserError(f'beams at temperature 0 are not drawn: leave out {told[0]}')
+  told += [n for n in drawn if n in PRESETS.get(given.preset, ())]
+  if told and settings.get('temperature') != 0:
+    sampling = dict(temperature=given.temperature) | sampling
+  else:
+    sampling = {n: sampling[n] for n in SEARCHED if n in sampling}
+  return {n: settings[n] for n in BEAM} | sampling | dict(max_new=max_new, stop=stop)
 
 
 def _penalty(text: str) -> Any:

@@ -2,21 +2,26 @@ r"""A model behind OpenAI's API, and a page to talk to it, until SIGTERM or Ctrl
 
   llm-jax serve --workdir=runs/smollm2
   llm-jax serve --workdir=DIR --host=0.0.0.0 --port=80 --api_key=...
+  llm-jax serve --workdir=DIR --mesh=tensor=4
 
 `/v1/chat/completions` (for models with a chat template), `/v1/completions`, `/v1/embeddings`, `/v1/models`; the page is
 at `/`; `/health`, `/ready` and `/metrics` are for whoever looks after it. Only this machine is served unless --host and
 --api_key say otherwise; the key may stand in the variable LLM_JAX_API_KEY instead, where other users do not see it.
+--mesh=tensor=4 splits weights, keys and values over 4 devices of this machine (llm_jax/serve/placement.py).
 """
 
+import contextlib
 import os
 import sys
 from typing import Any
 
+import jax
 from absl import flags
 
-from llm_jax.cli.flags import parse
+from llm_jax.cli.flags import mesh_sizes, parse
 from llm_jax.cli.generate import load
 from llm_jax.cli.main import main as command
+from llm_jax.core import mesh
 from llm_jax.core.errors import UserError
 from llm_jax.decode import prompts
 from llm_jax.model import stack
@@ -50,20 +55,35 @@ def _app(given: flags.FlagValues, key: str | None) -> Any:
   """The application over the model of the run."""
   from llm_jax.serve import server
 
-  model, params, words = load(given.workdir, given.step)
+  sizes = {n: given[n].value for n in ('rows', 'length', 'pages', 'memory', 'kv', 'queue')}
+  with _devices(given.mesh):
+    model, params, words = load(given.workdir, given.step, _laid)
+    from llm_jax.serve import engine as engine_lib
+
+    print('llm-jax: compiling', file=sys.stderr, flush=True)
+    params, allowed = stack.apart(params, free=True), prompts.drawable(model, words)
+    engine = engine_lib.Engine(model, params, allowed=allowed, **sizes)
+  name = given.name or os.path.basename(os.path.abspath(os.path.expanduser(given.workdir)))
+  limits = Limits(max_tokens=given.max_tokens, body=given.max_body, timeout=given.timeout)
+  return server.app(engine, words, name, api_key=key, limits=limits)
+
+
+def _devices(sizes: str | None) -> Any:
+  """What puts the mesh of `--mesh` in force; without one there is one device."""
+  if sizes is None:
+    return contextlib.nullcontext()
+  return jax.set_mesh(mesh.make(**dict(data=1) | mesh_sizes(sizes)))
+
+
+def _laid(model: Any, shapes: Any) -> Any:
+  """The shapes of the parameters with the devices they are for, where the engine takes the model at all."""
+  from llm_jax.serve import placement
+
   if model.card.kind != 'causal':
     raise UserError(
       f'serve answers with causal models, this one is {model.card.kind}: use llm-jax generate'
     )
-  from llm_jax.serve import engine as engine_lib
-
-  print('llm-jax: compiling', file=sys.stderr, flush=True)
-  sizes = {n: given[n].value for n in ('rows', 'length', 'pages', 'memory', 'kv', 'queue')}
-  params, allowed = stack.apart(params, free=True), prompts.drawable(model, words)
-  engine = engine_lib.Engine(model, params, allowed=allowed, **sizes)
-  name = given.name or os.path.basename(os.path.abspath(os.path.expanduser(given.workdir)))
-  limits = Limits(max_tokens=given.max_tokens, body=given.max_body, timeout=given.timeout)
-  return server.app(engine, words, name, api_key=key, limits=limits)
+  return placement.find(model).laid(model, shapes)
 
 
 def _flags() -> flags.FlagValues:
@@ -79,11 +99,13 @@ def _flags() -> flags.FlagValues:
     'port', 8000, 'port; 0 takes a free one', lower_bound=0, upper_bound=65535, **at
   )
   flags.DEFINE_string('api_key', None, 'what clients have to show; default $LLM_JAX_API_KEY', **at)
+  devices = 'devices that split the model among them, such as tensor=4; default one'
+  flags.DEFINE_string('mesh', None, devices, **at)
   flags.DEFINE_integer('rows', 32, 'requests answered at once', lower_bound=1, **at)
   flags.DEFINE_integer('queue', 256, 'requests that may wait', lower_bound=1, **at)
   flags.DEFINE_integer('length', None, "prompt and answer; default the model's context", **at)
   flags.DEFINE_integer('pages', None, 'of the cache of keys and values; default enough', **at)
-  flags.DEFINE_float('memory', 1.0, 'GiB for keys and values, where --pages is not given', **at)
+  flags.DEFINE_float('memory', 1.0, 'GiB of a device for keys and values, without --pages', **at)
   flags.DEFINE_enum('kv', None, ['int8'], 'keys and values in a byte a number', **at)
   flags.DEFINE_integer('max_tokens', None, 'of one answer; default what the context holds', **at)
   flags.DEFINE_integer('max_body', limits.body, 'bytes of a request', lower_bound=1024, **at)

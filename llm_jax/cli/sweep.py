@@ -19,6 +19,7 @@ from absl import flags
 from llm_jax.cli import train
 from llm_jax.cli.flags import parse, read_sweep
 from llm_jax.cli.main import main as command
+from llm_jax.core import files
 from llm_jax.core.errors import UserError
 from llm_jax.scaling import sweep, workers
 from llm_jax.train import report
@@ -31,7 +32,7 @@ def main(argv: list[str]) -> int:
   cells = read_sweep(ours).cells
   folder = report.open_workdir(given.workdir)
   sweep.publish(folder)
-  sweep.write(os.path.join(folder, sweep.CONFIG), json.dumps(ours))
+  files.write(os.path.join(folder, sweep.CONFIG), json.dumps(ours))
   if given.list:
     return _list(folder, cells)
   if given.worker:  # one of --workers
@@ -65,6 +66,9 @@ def _train(recipe, where: str) -> None:
 
 def _report(folder: str, cells: tuple, failed: dict[str, str]) -> int:
   """Says what came of the cells; returns the exit code."""
+  sweep.publish(
+    folder
+  )  # a worker is stopped when all cells have ended, be its last one in the table or not
   states = [sweep.state(folder, cell) for cell in cells]
   print(f'{states.count("done")} of {len(cells)} cells are done: {folder}/{sweep.TABLE}')
   for name, error in failed.items():

@@ -54,7 +54,7 @@ def run(cfg: Any, workdir: str) -> int:
       every=cfg.log_every,
       steps=cfg.steps,
       flops_per_token=flops,
-      tokens_per_step=source.batch * source.length,
+      tokens_per_step=getattr(source, 'texts', 1) * source.batch * source.length,
     )
     with checkpoint.Saver(
       workdir, steps=cfg.steps, config_json=to_json(cfg), **cfg.checkpoint
@@ -65,7 +65,13 @@ def run(cfg: Any, workdir: str) -> int:
       chosen = [build(hook)(run) for hook in cfg.hooks.values()]  # in the order of their names
       hooks = [writer, *chosen, guards.stop_on_nan(run), saver.hook, preemption.preemption(run)]
       last = loop.train(
-        last, source, update, steps=cfg.steps, key=jax.random.key(cfg.seed), hooks=hooks
+        last,
+        source,
+        update,
+        steps=cfg.steps,
+        key=jax.random.key(cfg.seed),
+        hooks=hooks,
+        rescue=report.rescue(run),
       )
       return report.finish(run, last)
 

@@ -29,6 +29,7 @@ AXES = ('data', 'fsdp', 'expert', 'sequence', 'stage', 'tensor')
 _WHOLE = dict(
   batch=(), length=(), embed=(), heads=(), groups=(), head_dim=(), ffn=(), vocab=(), expert=(),
   layers=(), norm=(), positions=(), buckets=(), rank=(), state=(), taps=(),
+  types=(), classes=(),
 )  # fmt: skip
 NAMES = tuple(_WHOLE)
 _TENSOR = dict(
@@ -83,7 +84,7 @@ def make(
     virtual = f', or let the CPU act as {fixed}: JAX_NUM_CPU_DEVICES={fixed} llm-jax ...'
     raise UserError(
       f'mesh {_show(sizes)} needs {fixed} devices, this machine has {devices}: lower a size, '
-      f'set --config.mesh.data=-1{virtual if jax.default_backend() == "cpu" else ""}'
+      f'set data=-1{virtual if jax.default_backend() == "cpu" else ""}'
     )
   elif fixed < devices and jax.process_count() > 1:
     raise UserError(
@@ -270,6 +271,30 @@ def shardings(axes: Any, shapes: Any, kind: str = 'weights', on: Any = None) -> 
   return tree_lib.map_paths(one, shapes)
 
 
+def divisible(
+  axes: Any, shapes: Any, sizes: Mapping[str, int], table: Mapping[str, Mapping] | None = None
+) -> tuple[dict[str, dict], dict[str, str]]:
+  """(rules, why): the rules less the names of axes that do not divide over a mesh of these sizes, and why, by name.
+
+  axes, shapes: as in `shardings`. table: rules such as `ZERO3`, default those in force.
+  """
+  names = tree_lib.flatten(axes, is_leaf=tree_lib.is_names)
+  found: dict[str, set[int]] = {}
+  for path, leaf in tree_lib.flatten(shapes).items():
+    for name, size in zip(names[path], leaf.shape, strict=True):
+      found.setdefault(name, set()).add(size)
+  left, why = {}, {}
+  for kind, entries in (_rules.get() if table is None else table).items():
+    left[kind] = dict(entries)
+    for name, over in entries.items():
+      ways = math.prod(sizes.get(axis, 1) for axis in over)
+      bad = sorted(n for n in found.get(name, ()) if n % ways)
+      if bad:
+        left[kind][name] = ()
+        why[name] = f'{bad[0]:,} does not divide by {"x".join(over)}={ways}'
+  return left, why
+
+
 def place(batch: Mapping[str, np.ndarray]) -> dict[str, jax.Array]:
   """Host arrays of this process as global arrays, split over the batch axes.
 
@@ -290,6 +315,13 @@ def batch_ways() -> int:
   """Over how many devices the rules split the rows of a batch."""
   mesh = jax.sharding.get_mesh()
   return 1 if mesh.empty else math.prod(mesh.shape[a] for a in _rules.get()['activations']['batch'])
+
+
+def ways(*axes: str | None) -> int:
+  """Over how many devices the rules split an activation whose axes have these names; 1 outside a mesh."""
+  on = current()
+  entries = [axis for entry in spec(*axes) for axis in named(entry)]
+  return 1 if on is None else math.prod(on.shape[axis] for axis in entries)
 
 
 def context() -> Hashable:

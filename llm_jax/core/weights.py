@@ -6,7 +6,7 @@ equations; a letter means the same axis everywhere:
 
   b batch   t query position   s key position   d embed   h heads   g groups (key/value heads)   k
   head_dim f ffn     v vocab            e expert         r rank
-  n state (of a recurrent channel)
+  n state (of a recurrent channel)   c class (of a classifier)
 """
 
 import functools
@@ -32,6 +32,7 @@ AXIS = dict(
   e='expert',
   r='rank',
   n='state',
+  c='classes',
 )
 
 

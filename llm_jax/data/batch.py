@@ -10,10 +10,14 @@ r"""The batch: what every array in it means, how examples become rows, and how r
                                                    P = length of the example's inputs (position 0 holds the start)
     encoder/inputs     [batch, encoder] int32      encoder-decoder models only; then the decoder holds targets alone
     encoder/positions, encoder/segments            as above; decoder segment k looks at encoder segment k
+    types              [batch, length] int32       an encoder alone: 0 in the first sentence, 1 in the second
+    order              [batch, length] int32       likewise: places in a factorisation order (data/permuted.py)
+    label, at          [batch] int32               the class of a row and where it is read (data/labels.py)
 
 `positions` and `segments` are absent where each row is one segment that starts at 0 (`concatenate`, no encoder),
-`prefix` is absent unless the model is a prefix decoder. What is absent never changes from batch to batch. Ids of our
-own vocabularies: 0 padding and first, 1 end of document; imported ones have theirs.
+`prefix` is absent unless the model is a prefix decoder. The inputs of an encoder alone are its targets, not shifted,
+until `data/masked.py` hides some. What is absent never changes from batch to batch. Ids of our own vocabularies: 0
+padding and first, 1 end of document; imported ones have theirs.
 """
 
 import bisect
@@ -34,8 +38,8 @@ class Example(NamedTuple):
 
 
 class Layout(NamedTuple):
-  """kind: 'causal', 'prefix' or 'encoder_decoder'. segments: whether positions and segments are emitted. first: the id
-  that a decoder reads before an example. eos: ends a document."""
+  """kind: 'causal', 'prefix', 'encoder' or 'encoder_decoder'. segments: whether positions and segments are emitted.
+  first: the id that a decoder reads before an example. eos: ends a document."""
 
   kind: str
   length: int
@@ -167,8 +171,11 @@ def put(
     batch['targets'][row, start : start + given] = inputs
   end = start + given + len(targets)
   batch['targets'][row, start + given : end] = targets
-  batch['inputs'][row, start] = layout.first if first is None else first
-  batch['inputs'][row, start + 1 : end] = batch['targets'][row, start : end - 1]
+  if layout.kind == 'encoder':
+    batch['inputs'][row, start:end] = batch['targets'][row, start:end]
+  else:
+    batch['inputs'][row, start] = layout.first if first is None else first
+    batch['inputs'][row, start + 1 : end] = batch['targets'][row, start : end - 1]
   batch['weights'][row, start + given : end] = 1 if weights is None else weights
   if layout.segments:
     batch['positions'][row, start:end] = _arange(end - start)

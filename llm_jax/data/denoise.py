@@ -289,10 +289,13 @@ def _alternate(n: int) -> np.ndarray:
 
 
 def _mode(vocab: Any, mode: str) -> np.ndarray:
-  if not mode:
-    return np.zeros(0, np.int32)
+  return np.array([mark(vocab, mode)] if mode else [], np.int32)
+
+
+def mark(vocab: Any, mode: str) -> int:
+  """The id of a mode token."""
   if mode not in vocab.modes:
     raise UserError(
       f'the vocabulary has no mode token {mode!r}; {nearest(mode, vocab.modes)}; set vocab.modes or denoiser mode=""'
     )
-  return np.array([vocab.modes[mode]], np.int32)
+  return vocab.modes[mode]

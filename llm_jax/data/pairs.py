@@ -297,13 +297,14 @@ def _source(
           arrays[name][i] = value
     return arrays if trim is None else _trimmed(arrays, names, trim, length)
 
-  return _over(model, made, found, write, batch, length, encoder_length, *rest)
+  sizes = (batch, length, encoder_length, *rest)
+  return _over(model, made, found, write, *sizes, texts=len(names))
 
 
 def _over(
-  model, made, items, write, batch, length, encoder_length, shuffle, seed, *process
+  model, made, items, write, batch, length, encoder_length, shuffle, seed, *process, texts=1
 ) -> pipeline.Source:
-  """The source of one item per row."""
+  """The source of one item per row, which holds as many texts."""
   process = pipeline.processes(*process)
   pipeline.check_sizes(model.card, batch, length, encoder_length, process[1])
   pipeline.check_vocab(model.card, made.vocab)
@@ -322,6 +323,7 @@ def _over(
     write,
     lambda j: block(*order(j)),
     lambda: (block(*units) for units in pipeline.one_pass(opened)),
+    texts,
   )
 
 

@@ -22,6 +22,7 @@ from llm_jax.data import batch as batch_lib
 from llm_jax.data import denoise, readers, tasks
 
 Batch = dict[str, np.ndarray]
+_PAGE = 256
 
 
 class Block(NamedTuple):
@@ -91,11 +92,11 @@ class Source:
   """Gives batches. Owns the thread that prepares the next two.
 
   process: (index, count). write(rows, size) -> `size` rows as arrays, of which `rows` are given and the rest padding.
-  block: j -> `Block`. one_pass: () -> all blocks once, in order.
+  block: j -> `Block`. one_pass: () -> all blocks once, in order. texts: of `length` each in a row, 2 in one of pairs.
   """
 
-  def __init__(self, vocab, batch, length, process, ramp, write, block, one_pass):
-    self.vocab, self.batch, self.length = vocab, batch, length
+  def __init__(self, vocab, batch, length, process, ramp, write, block, one_pass, texts=1):
+    self.vocab, self.batch, self.length, self.texts = vocab, batch, length, texts
     self._process, self._ramp, self._write = process, ramp, write
     self._block, self._one_pass = functools.lru_cache(maxsize=2)(block), one_pass
     self._state = dict(block=0, row=0, batch=0)
@@ -238,10 +239,8 @@ def endless_order(
   """
   import grain
 
-  sequences = []
-  for i, reader in enumerate(opened):
-    units = grain.MapDataset.range(reader.units).seed((seed * 1009 + i) % (1 << 32))
-    sequences.append((units.shuffle() if shuffle else units).repeat())
+  seeds = [(seed * 1009 + i) % (1 << 32) if shuffle else None for i in range(len(opened))]
+  unit = lambda s, p: _page(opened[s].units, seeds[s], p // _PAGE)[p % _PAGE]
   far = 1 << 40
   mix = grain.MapDataset.mix(
     [grain.MapDataset.range(i * far, (i + 1) * far) for i in range(len(opened))], list(rates)
@@ -254,9 +253,19 @@ def endless_order(
       drawn = [(0, p) for p in positions]
     else:
       drawn = [divmod(mix[p], far) for p in positions]
-    return (_gather(opened, [(s, p // opened[s].units, sequences[s][p]) for s, p in drawn]),)
+    return (_gather(opened, [(s, p // opened[s].units, unit(s, p)) for s, p in drawn]),)
 
   return block
+
+
+@functools.lru_cache(maxsize=256)
+def _page(units: int, seed: int | None, page: int) -> list[int]:
+  """Units at `_PAGE` positions of an endless order; kept, because drawing one costs 10 microseconds."""
+  import grain
+
+  order = grain.MapDataset.range(units)
+  order = (order if seed is None else order.seed(seed).shuffle()).repeat()
+  return [order[p] for p in range(page * _PAGE, (page + 1) * _PAGE)]
 
 
 def one_pass(opened: list[readers.Reader]) -> Iterator[tuple]:

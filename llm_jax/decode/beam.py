@@ -7,7 +7,7 @@ ended are grown further; those among the best `beams` that have ended go to a po
     score = log-probability / length_penalty(length)            length: tokens of the answer, the end counted
 
 Groups of beams that avoid each other's tokens: diverse beam search (Vijayakumar et al. 2016, arXiv:1610.02424). A
-search is deterministic; drawing from the candidates instead (beam sampling) is not here.
+search is deterministic; `sample` draws the candidates instead of taking the best (beam sampling).
 """
 
 import functools
@@ -26,7 +26,8 @@ from llm_jax.decode.prompts import START
 
 
 class Tree(NamedTuple):
-  """What was considered at each step, to draw it. All [batch, groups, max_new, candidates], best first.
+  """What was considered at each step, to show it. All [batch, groups, max_new, candidates], best first; where they
+  were drawn, in that order.
 
   tokens: int32 ids; parents: int32, the beam (of its group) that each continues; scores: f32, log-probability so far,
   -inf for none; places: int32, the beam that it became, DROPPED or ENDED.
@@ -83,9 +84,8 @@ PRESETS = dict(
     beams=4, length_penalty=_GNMT
   ),  # translation, summaries; arXiv:1910.10683, section 3.7
   gpt3_beam=dict(beams=4, length_penalty=_GNMT),  # free-form answers; arXiv:2005.14165, section 2.4
-  # the survey's own evaluation; its temperature 0.1, top-p 0.75 and top-k 40 say nothing to a search: transformers
-  # heeds them beside num_beams only in beam sampling (do_sample)
-  survey=dict(beams=4, length_penalty=power, max_new=512),
+  # the survey's own evaluation: beam sampling (transformers' do_sample beside num_beams)
+  survey=dict(beams=4, temperature=0.1, top_p=0.75, top_k=40, length_penalty=power, max_new=512),
 )
 
 
@@ -105,7 +105,7 @@ class _Static(NamedTuple):
 
 class _Fixed(NamedTuple):
   """What the loop reads and never changes. ends: int32 [n]. divisors: f32 [max_new], of the lengths 1, 2, ...
-  most: int32 [batch], the longest answer of each row. diversity: f32 []."""
+  most: int32 [batch], the longest answer of each row. diversity: f32 []. keys: [batch] keys to draw with, or None."""
 
   ends: jax.Array
   allowed: jax.Array | None
@@ -114,6 +114,7 @@ class _Fixed(NamedTuple):
   divisors: jax.Array
   most: jax.Array
   diversity: jax.Array
+  keys: jax.Array | None
 
 
 class _Answers(NamedTuple):
@@ -166,6 +167,7 @@ def search(
   presence: float = 0.0,
   frequency: float = 0.0,
   no_repeat_ngram: int = 0,
+  drawn: tuple[jax.Array, logits_lib.Sampling] | None = None,
 ) -> Beams:
   """The `n` (default all) best answers to each prompt that `beams` beams find. Prompts as in `generate.generate`.
 
@@ -181,16 +183,19 @@ def search(
   The three are transformers'. groups: the beams are divided into so many searches with pools of their own, one after
   the other in each step; `diversity` is subtracted from a token's log-probability for each beam of the groups before
   that has just taken it (Hamming diversity). allowed, bias, banned, repetition, presence, frequency, no_repeat_ngram:
-  see `logits.processors`; they change the log-probabilities, which are not normalised again, as in transformers.
+  see `logits.processors`; they change the log-probabilities, which are not normalised again, as in transformers. drawn:
+  see `sample`.
 
   Raises `UserError` for wrong settings and prompts that do not fit. Compiled once per shape and setting.
   """
   told = dict(repetition=repetition, presence=presence, frequency=frequency)
-  chosen = logits_lib.check(temperature=0.0, no_repeat_ngram=no_repeat_ngram, **told)
+  drawing = dict(temperature=0.0) if drawn is None else drawn[1]._asdict()
+  chosen = logits_lib.check(**drawing | told | dict(no_repeat_ngram=no_repeat_ngram))
   n = beams if n is None else n
   _check(beams, groups, n, early_stopping)
   laid = prompts_lib.lay(model, prompts, lengths, max_new, start)
   rules = prompts_lib.rules(model, eos, allowed, bias, banned)
+  batch, total = np.shape(prompts)[0], len(laid.last)
   fixed = _Fixed(
     ends=rules.ends,
     allowed=rules.allowed,
@@ -199,13 +204,47 @@ def search(
     divisors=np.asarray(length_penalty(np.arange(1.0, max_new + 1)), np.float32),
     most=np.minimum(max_new, laid.slots - laid.last).astype(np.int32),
     diversity=np.float32(diversity),
+    keys=drawn and prompts_lib.row_keys(drawn[0], None, batch, total),
   )
   functions = steps.functions(model, laid.slots)
   ways = beams, groups, n, early_stopping
   static = _Static(functions, model.card.rows, chosen, rules.banned, max_new, *ways)
   out = _search(static, params, laid.batch, laid.last, laid.live, fixed)
-  batch = np.shape(prompts)[0]
   return out if len(out.tokens) == batch else jax.tree.map(lambda x: x[:batch], out)
+
+
+def sample(
+  model: Any,
+  params: Any,
+  prompts: Any,
+  lengths: Any,
+  key: jax.Array,
+  *,
+  temperature: float = 1.0,
+  top_k: int = 0,
+  top_p: float = 1.0,
+  min_p: float = 0.0,
+  typical: float = 1.0,
+  epsilon: float = 0.0,
+  eta: float = 0.0,
+  **settings: Any,
+) -> Beams:
+  """Beam sampling: a `search` whose candidates are drawn. settings: those of `search`.
+
+  Of a group's beams x vocabulary candidates as many as a search would take are drawn one after the other, without
+  replacement, each with a probability proportional to exp(score). As in transformers, scores are sums of
+  log-probabilities after penalties over `temperature`, and -inf for a token that truncation rules out, but one more
+  than there are ends is always left in; they are not normalised again; and the first `beams` drawn may end, while of
+  all drawn that go on the best do. The draw is a top-k of perturbed scores (Kool et al. 2019, arXiv:1903.06059, section
+  2.3). A row's draws depend on `key`, its number, and nobody else.
+
+  Raises `UserError` as `search` does, and for a temperature of 0, which `search` is.
+  """
+  told = dict(min_p=min_p, typical=typical, epsilon=epsilon, eta=eta)
+  chosen = logits_lib.check(temperature=temperature, top_k=top_k, top_p=top_p, **told)
+  if temperature == 0:
+    raise UserError('beam sampling needs a temperature above 0: with 0 it is beam.search')
+  return search(model, params, prompts, lengths, drawn=(key, chosen), **settings)
 
 
 def text(
@@ -213,13 +252,15 @@ def text(
   params: Any,
   vocab: Any,
   prompts: Sequence[str],
+  key: jax.Array | None = None,
   *,
   stop: Sequence[str] = (),
   batch: int = 16,
   n: int = 1,
   **settings: Any,
 ) -> list[str]:
-  """The `n` best continuations of each prompt, those of the first prompt first. settings: those of `search`.
+  """The `n` best continuations of each prompt, those of the first prompt first. settings: those of `search`, or with a
+  `key` those of `sample`.
 
   stop: a text is cut in front of the first of these; the search does not look at them.
   """
@@ -228,7 +269,9 @@ def text(
   found: list[str] = []
   for first in range(0, len(ids), batch):
     some = ids[first : first + batch]
-    out = search(model, params, *prompts_lib.pad(model, some), n=n, **settings, **told)
+    own = None if key is None else jax.random.fold_in(key, first)
+    find = search if own is None else functools.partial(sample, key=own)
+    out = find(model, params, *prompts_lib.pad(model, some), n=n, **settings, **told)
     for prompt, rows, lengths in zip(some, np.asarray(out.tokens), out.lengths, strict=True):
       before = prompts_lib.shown(model, prompt)
       for row, length in zip(rows, np.asarray(lengths), strict=True):
@@ -301,13 +344,13 @@ def _candidates(static: _Static, fixed: _Fixed) -> int:
 def _extend(static: _Static, params: Any, fixed: _Fixed, carry: _Carry, x: jax.Array) -> _Carry:
   """One more token for every beam, from the model's output `x` [rows, embed]."""
   logp = jax.nn.log_softmax(steps.logits(static.model, params, x))
-  told = dict(allowed=fixed.allowed, bias=fixed.bias, banned=static.banned)
-  worth = logits_lib.process(logp, static.sampling, carry.seen, **told)
+  worth = _worth(static, fixed, logp, carry.seen)
   width = static.beams // static.groups
   split = lambda y: jnp.moveaxis(y.reshape(-1, static.groups, width, y.shape[-1]), 1, 0)
   taken = jnp.zeros((len(carry.position) // static.beams, logp.shape[-1]))
   choose = functools.partial(_choose, static, fixed, carry.made)
-  _, (group, parents, tree) = jax.lax.scan(choose, taken, (carry.group, split(logp), split(worth)))
+  each = carry.group, split(logp), split(worth), jnp.arange(static.groups)
+  _, (group, parents, tree) = jax.lax.scan(choose, taken, each)
   # the row in the batch of the beam that each new one comes from
   groups, batch = parents.shape[:2]
   first = jnp.arange(groups)[:, None] * width + jnp.arange(batch) * static.beams
@@ -320,17 +363,35 @@ def _extend(static: _Static, params: Any, fixed: _Fixed, carry: _Carry, x: jax.A
   return _Carry(carry.made + 1, position, group, steps.take(carry.states, rows), seen, tree)
 
 
+def _worth(static: _Static, fixed: _Fixed, logp: jax.Array, seen: Any) -> jax.Array:
+  """f32 [rows, vocab]: what each token adds to the score of its beam."""
+  told, chosen = dict(allowed=fixed.allowed, bias=fixed.bias, banned=static.banned), static.sampling
+  worth = logits_lib.process(logp, chosen._replace(temperature=0.0), seen, **told)
+  if fixed.keys is None:
+    return worth
+  neutral = dict(repetition=1.0, presence=0.0, frequency=0.0, no_repeat_ngram=0)
+  left = logits_lib.process(worth, chosen._replace(**neutral)) > -jnp.inf
+  least = min(worth.shape[1], 1 + len(fixed.ends))
+  left |= worth >= jax.lax.top_k(worth, least)[0][:, -1:]
+  return jnp.where(left, worth / chosen.temperature, -jnp.inf)
+
+
 def _choose(
   static: _Static, fixed: _Fixed, made: jax.Array, taken: jax.Array, told: tuple
 ) -> tuple[jax.Array, tuple]:
   """One step of one group in every row. taken: f32 [batch, vocab], how many beams of the groups before took each token.
-  told: the group, and the model's and the processed log-probabilities [batch, width, vocab]."""
-  group, logp, worth = told
+  told: the group, the model's log-probabilities and the tokens' worth [batch, width, vocab], the group's number."""
+  group, logp, worth, number = told
   live, pool, done = group
   batch, width, vocab = worth.shape
   worth = worth - fixed.diversity * taken[:, None]
   total = (live.scores[..., None] + worth).reshape(batch, -1)
-  scores, index = jax.lax.top_k(total, _candidates(static, fixed))
+  order = total
+  if fixed.keys is not None:
+    fold = lambda key: jax.random.fold_in(jax.random.fold_in(key, made), number)
+    order += jax.vmap(lambda key: jax.random.gumbel(fold(key), total.shape[1:]))(fixed.keys)
+  index = jax.lax.top_k(order, _candidates(static, fixed))[1]
+  scores = jnp.take_along_axis(total, index, axis=1)
   parents, tokens = index // vocab, index % vocab
   candidates = _take(live, parents)
   own = jnp.take_along_axis(logp.reshape(batch, -1), index, axis=1)

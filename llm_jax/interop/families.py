@@ -5,13 +5,14 @@ A new one is a function that reads its config and a table of its tensors, in a f
 
 from llm_jax.core.errors import UserError, nearest
 from llm_jax.interop import settings
-from llm_jax.interop.architectures import gpt, llama, moe, recurrent, t5
+from llm_jax.interop.architectures import bert, gpt, llama, moe, recurrent, t5
 from llm_jax.interop.settings import Settings
 from llm_jax.interop.table import Family
 
 FAMILIES: dict[str, Family] = {
   **llama.FAMILIES,
   **gpt.FAMILIES,
+  **bert.FAMILIES,
   **t5.FAMILIES,
   **moe.FAMILIES,
   **recurrent.FAMILIES,

@@ -195,7 +195,9 @@ def to_theirs(family: Family, ours: Mapping[str, np.ndarray]) -> dict[str, np.nd
 
 
 def _bare(family: Family, name: str) -> str:
-  """A name without the family's prefix, or what is left of it in a checkpoint of the bare model."""
+  """A name as it is called now, without the family's prefix or what a checkpoint of the bare model has of it."""
+  for old, new in family.renamed:
+    name = name.removesuffix(old) + new if name.endswith(old) else name
   for prefix in (family.prefix, family.prefix.partition('.')[2]):
     if prefix and name.startswith(prefix):
       return name[len(prefix) :]

@@ -37,7 +37,7 @@ class Row(NamedTuple):
 class Family(NamedTuple):
   """model: config.json -> `use` of a builder of model/transformer.py. rows: see above. prefix: of their names, absent
   from checkpoints of the bare model. ignored: endings of names that hold nothing of ours. sizes: letters of the
-  patterns that are nobody's size.
+  patterns that are nobody's size. renamed: (ending, what it is called here) of names in older checkpoints.
   """
 
   model: Callable[[Settings], ConfigDict]
@@ -45,6 +45,7 @@ class Family(NamedTuple):
   prefix: str
   ignored: tuple[str, ...] = ('rotary_emb.inv_freq', 'lm_head.weight')
   sizes: Mapping[str, int] = {}
+  renamed: tuple[tuple[str, str], ...] = ()
 
 
 LAYER, ENCODER = 'decoder/layer/', 'encoder/layer/'  # the places of the layers of a stack

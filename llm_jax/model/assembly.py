@@ -83,17 +83,35 @@ def decoder_only(ends: Ends, decoder: Stack) -> Model:
   return _model(ends, hidden, states, decoder)
 
 
+def encoder_only(ends: Ends, encoder: Stack) -> Model:
+  """An encoder without a decoder."""
+
+  def hidden(
+    params: Params,
+    batch: Batch,
+    *,
+    states: Any = None,
+    rng: jax.Array | None = None,
+    layers: int | None = None,
+    around: Around | None = None,
+  ) -> Hidden:
+    if states is not None:
+      refuse()
+    rngs = _keys(rng, 2)
+    x, ctx = _whole(encoder, ends, params, batch, '', rngs)
+    return _run(_upto(encoder, layers), params, x, ctx, None, around)
+
+  def refuse(*_: Any) -> dict:
+    raise UserError('an encoder keeps no states and cannot generate: use a decoder for that')
+
+  return _model(ends, hidden, refuse, encoder)
+
+
 def encoder_decoder(ends: Ends, encoder: Stack, decoder: Stack) -> Model:
   """An encoder, and a decoder that reads its output."""
 
   def encode(params: Params, batch: Batch, rng: jax.Array | None) -> Hidden:
-    rngs, segments = _keys(rng, 2), batch.get('encoder/segments')
-    x, positions = _embed(
-      encoder, ends, params, batch['encoder/inputs'], batch.get('encoder/positions'), rngs[0]
-    )
-    mask = Mask(segments=None if segments is None else (segments, segments))
-    bias = _bias(encoder, params, mask, x.shape[1], x.shape[1])
-    ctx = Context(mask, positions, bias, rngs[1], ids=batch['encoder/inputs'])
+    x, ctx = _whole(encoder, ends, params, batch, 'encoder/', _keys(rng, 2))
     return _run(encoder, params, x, ctx, None)
 
   def hidden(
@@ -128,6 +146,19 @@ def encoder_decoder(ends: Ends, encoder: Stack, decoder: Stack) -> Model:
     return hidden(params, step, states=empty).states
 
   return _model(ends, hidden, states, decoder, encoder)
+
+
+def _whole(
+  part: Stack, ends: Ends, params: Params, batch: Batch, side: str, rngs: Any
+) -> tuple[jax.Array, Context]:
+  """What an encoder's layers are given of the arrays of the batch whose names begin with `side`."""
+  ids, segments = batch[f'{side}inputs'], batch.get(f'{side}segments')
+  told = batch.get(f'{side}positions'), rngs[0], batch.get(f'{side}types')
+  x, positions = _embed(part, ends, params, ids, *told)
+  pair = lambda told: None if told is None else (told, told)
+  mask = Mask(segments=pair(segments), order=pair(batch.get(f'{side}order')))
+  bias = _bias(part, params, mask, x.shape[1], x.shape[1])
+  return x, Context(mask, positions, bias, rngs[1], ids=ids)
 
 
 def _windows(batch: Batch, states: Any) -> tuple | None:
@@ -187,7 +218,7 @@ def _declare(part: Stack, ends: Ends) -> dict:
     tree['norm'] = param.declare(part.norm, jnp.zeros((1, 1, ends.embed)))
   if part.stem is not None:
     x, ids = jnp.zeros((1, 1, ends.embed)), jnp.zeros((1, 1), jnp.int32)
-    tree['stem'] = param.declare(part.stem, x, ids, ends.length, None)
+    tree['stem'] = param.declare(part.stem, x, ids, ends.length, None, ids)
   if part.bias is not None:
     found = param.declare(
       part.bias, jnp.zeros((1, 1), jnp.int32), 1, _heads(part), part.bidirectional
@@ -236,8 +267,9 @@ def _embed(
   ids: jax.Array,
   positions: jax.Array | None,
   rng: jax.Array | None,
+  types: jax.Array | None = None,
 ) -> tuple:
-  """ids [batch, t] -> ([batch, t, embed], positions [batch or 1, t])."""
+  """ids, types [batch, t] -> ([batch, t, embed], positions [batch or 1, t])."""
   _check_length(part, ends, ids.shape[1])
   if positions is None:
     positions = jnp.arange(ids.shape[1])[None]
@@ -250,7 +282,9 @@ def _embed(
   x = ends.embedding.finish(x, rng)
   if part.stem is not None:
     rng = None if rng is None else jax.random.fold_in(rng, 0)
-    x = part.stem.apply({'params': params[part.name]['stem']}, x, positions, ends.length, rng)
+    x = part.stem.apply(
+      {'params': params[part.name]['stem']}, x, positions, ends.length, rng, types
+    )
   return mesh.shard(x, 'batch', 'length', 'embed'), positions
 
 
@@ -293,20 +327,12 @@ def _run(
 
 
 def _initial(part: Stack, ends: Ends, params: Params, rows: int, length: int) -> dict:
-  def place(path: str, x: jax.Array) -> jax.Array:
-    rest = (None,) * (x.ndim - 2)
-    if path.endswith(
-      ('/k', '/v')
-    ):  # of attention, and its rings; what else there is has other axes
-      rest = ('groups', 'length', 'head_dim')
-    elif path.endswith(('_k', '_v')):
-      rest = ('length', 'groups', 'head_dim')
-    return mesh.shard(x, 'layers', 'batch', *rest)
-
   states = stack.initial(part.segments, rows, length, ends.embed, ends.dtype)
   if stack.is_apart(params.get(part.name, {})):
     states = stack.apart(states)
-  return tree_lib.map_paths(place, states)
+  axes = stack.axes_apart(stack.state_axes(part.segments), states)
+  names = tree_lib.flatten(axes, is_leaf=tree_lib.is_names)
+  return tree_lib.map_paths(lambda path, x: mesh.shard(x, *names[path]), states)
 
 
 def _length(states: Any) -> int | None:

@@ -30,7 +30,8 @@ class Context(NamedTuple):
   sees whom there. ids: int [batch, t], the tokens themselves. real: bool [batch, t], with a state: which tokens are no
   padding, None for all; those of a row come first. Attention needs none of it (what padding leaves in a slot is
   overwritten), a recurrent state stays where it is. pages: int32 [batch, n], where the slots of a paged state lie
-  (model/paged.py), None for a state with slots of its own.
+  (model/paged.py), None for a state with slots of its own. height: of the layer, where there is a key: 0 for the first
+  of its stack, 1 for the last.
   """
 
   mask: Mask
@@ -42,6 +43,7 @@ class Context(NamedTuple):
   ids: jax.Array | None = None
   real: jax.Array | None = None
   pages: jax.Array | None = None
+  height: Any = None
 
 
 def _sizes(module: nn.Module, embed: int) -> tuple[int, int, int]:
@@ -244,6 +246,14 @@ class SelfAttention(nn.Module):
     ring = jnp.zeros((batch, size, groups, head_dim), dtype)
     return dict(ring_k=ring, ring_v=ring, at=jnp.full((batch, size), -1, jnp.int32))
 
+  @nn.nowrap
+  def state_axes(self) -> dict[str, tuple]:
+    """Names of the axes of `initial`."""
+    if not self._turns():
+      return dict.fromkeys(('k', 'v'), ('batch', 'groups', 'length', 'head_dim'))
+    ring = 'batch', 'length', 'groups', 'head_dim'
+    return dict(ring_k=ring, ring_v=ring, at=ring[:2])
+
 
 class CrossAttention(nn.Module):
   """Attention of a decoder to `ctx.encoded`; fields as in `SelfAttention`.
@@ -285,4 +295,9 @@ class CrossAttention(nn.Module):
   def initial(self, batch: int, length: int, embed: int, dtype: Any) -> State:
     """{}: made from the encoder's output on the first call."""
     del batch, length, embed, dtype
+    return {}
+
+  @nn.nowrap
+  def state_axes(self) -> dict[str, tuple]:
+    """Names of the axes of `initial`."""
     return {}

@@ -27,7 +27,7 @@ class Block(nn.Module):
   ffn: Callable | None
   norm: Callable
   residual: Callable
-  dropout: float = 0.0
+  dropout: float | Callable = 0.0
 
   @nn.compact
   def __call__(
@@ -57,12 +57,20 @@ class Block(nn.Module):
 
   @nn.nowrap
   def _finish(self, y: jax.Array, ctx: Context) -> jax.Array:
-    return checkpoint_name(dropout_lib.dropout(y, self.dropout, ctx.rng), OUTPUT)
+    rate = self.dropout
+    if callable(rate):
+      rate = 0.0 if ctx.rng is None else rate(ctx.height)
+    return checkpoint_name(dropout_lib.dropout(y, rate, ctx.rng), OUTPUT)
 
   @nn.nowrap
   def initial(self, batch: int, length: int, embed: int, dtype: Any) -> dict:
     """The state of an empty context, one entry per mixer."""
     return {name: make().initial(batch, length, embed, dtype) for name, make in self.mixers}
+
+  @nn.nowrap
+  def state_axes(self) -> dict:
+    """Names of the axes of `initial`."""
+    return {name: make().state_axes() for name, make in self.mixers}
 
 
 def _keyed(ctx: Context, number: int) -> Context:
@@ -76,11 +84,11 @@ def decoder(
   ffn: Callable,
   norm: Callable = norms.RMSNorm,
   residual: Callable = norms.pre,
-  dropout: float = 0.0,
+  dropout: float | Callable = 0.0,
 ) -> Block:
   """Self-attention (or another mixer) and a feed-forward: the block of decoders and, under an open mask, of encoders.
 
-  dropout: on the output of every sublayer.
+  dropout: on the output of every sublayer; a number, or a function of the layer's height (`dropout.ramp`).
   """
   return Block((('mixer', mixer),), ffn, norm, residual, dropout)
 
@@ -92,7 +100,7 @@ def cross_decoder(
   ffn: Callable,
   norm: Callable = norms.RMSNorm,
   residual: Callable = norms.pre,
-  dropout: float = 0.0,
+  dropout: float | Callable = 0.0,
 ) -> Block:
   """Self-attention, attention to the encoder, feed-forward: the decoder block of an encoder-decoder."""
   return Block((('mixer', mixer), ('cross', cross)), ffn, norm, residual, dropout)
@@ -104,7 +112,7 @@ def mixers(
   channel: Callable | None = None,
   norm: Callable = norms.RMSNorm,
   residual: Callable = norms.pre,
-  dropout: float = 0.0,
+  dropout: float | Callable = 0.0,
 ) -> Block:
   """A block without a feed-forward: the mixer does its work too (Mamba), or it is a mixer itself, `channel`, because it
   reads the token before (RWKV).

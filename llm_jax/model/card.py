@@ -89,12 +89,13 @@ class Kind(NamedTuple):
 class Card(NamedTuple):
   """The numbers of a model from which its size, FLOPs and memory follow (see model/count.py).
 
-  kind: 'causal', 'prefix' or 'encoder_decoder'. vocab: ids; rows: of the embedding table (vocab padded). length: the
-  longest context, None = unlimited. decoder, encoder: the kinds of blocks in the order of the stack. norm: name of
-  the first block's; final_norm, embedding_norm, stem_norm (of each stack): their vectors of `embed` entries, 0
-  without. rank: width of the embedding table, None = embed. positions: names joined by '+', of 'rope',
-  'rope_interleaved', 'Learned', 'Sinusoidal', 'Alibi', 'Buckets', ..., or 'none'. buckets: rows of the relative table
-  (0 without).
+  kind: 'causal', 'prefix', 'encoder' or 'encoder_decoder'. vocab: ids; rows: of the embedding table (vocab padded).
+  length: the longest context, None = unlimited. decoder, encoder: the kinds of blocks in the order of the stack; an
+  encoder alone stands where the decoder of others does. norm: name of the first block's; final_norm, embedding_norm,
+  stem_norm (of each stack): their vectors of `embed` entries, 0 without. rank: width of the embedding table, None =
+  embed. positions: names joined by '+', of 'rope', 'rope_interleaved', 'Learned', 'Sinusoidal', 'Alibi', 'Buckets',
+  ..., or 'none'. buckets: rows of the relative table (0 without). types: rows of the table of token types. head_more:
+  parameters of the head beside its table and bias. pooled: those of a pooler and a classifier (model/classes.py).
   """
 
   kind: str
@@ -114,6 +115,9 @@ class Card(NamedTuple):
   stem_norm: int
   rank: int | None
   dtype: str
+  types: int = 0
+  head_more: int = 0
+  pooled: int = 0
 
   @property
   def layers(self) -> int:
@@ -185,7 +189,16 @@ def describe(ends: Any, boxes: Any, decoder: Any, encoder: Any | None) -> Card:
     stem_norm=0 if decoder.stem is None else _vectors(decoder.stem.norm()),
     rank=getattr(ends.embedding, 'rank', None),
     dtype=jnp.dtype(ends.dtype).name,
+    types=getattr(decoder.stem, 'types', 0),
+    head_more=_head_more(boxes.get('head', {})),
   )
+
+
+def _head_more(boxes: Any) -> int:
+  """What a head declares beside a table of the vocabulary, its bias and the projection of a narrow one."""
+  found = tree.flatten(boxes, is_leaf=param.is_box)
+  known = [path for path, box in found.items() if path == 'project' or 'vocab' in box.axes]
+  return sum(math.prod(box.value.shape) for path, box in found.items() if path not in known)
 
 
 def _vectors(norm: Any) -> int:

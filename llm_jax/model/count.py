@@ -46,15 +46,21 @@ def _parameters(card: Card, active: bool) -> dict[str, int]:
     return matrices + vectors
 
   return dict(
-    embedding=card.rows * width + project,
+    embedding=card.rows * width + project + card.types * d,
     positions=tables * card.length * d if 'Learned' in card.positions.split('+') else 0,
     attention=sum(n * sized(m) for n, m in mixers if isinstance(m, Attention)),
     mixer=sum(n * sized(m) for n, m in mixers if isinstance(m, Declared)),
     ffn=sum(kind.repeats * sized(kind.ffn) for kind in kinds if kind.ffn is not None),
     norm=norms * d,
     buckets=card.buckets * sum(_heads(stack) for stack in (card.decoder, card.encoder)),
-    head=project if card.tied else card.rows * (d + card.head_bias),
+    head=_head(card, project) + card.head_more + card.pooled,
   )
+
+
+def _head(card: Card, project: int) -> int:
+  """The table and bias of the logits, less what is counted as the embedding."""
+  bias = card.rows * card.head_bias
+  return bias + (project if card.tied else card.rows * card.embed)
 
 
 def _heads(kinds: tuple) -> int:
@@ -119,14 +125,15 @@ def forward_flops(
 
   length: decoder tokens; encoder_length: encoder tokens. seen: the part of the decoder's keys that
   a query is multiplied with: 0.5 for a causal mask (Kaplan), 1 when all products are computed
-  (PaLM's count of MFU, and most kernels); of a window, the part of its beginning. Softmax, norms and
-  activations are left out: they are below 2 % from embed = 256 on.
+  (PaLM's count of MFU, and most kernels) and always in an encoder; of a window, the part of its beginning. Softmax,
+  norms and activations are left out: they are below 2 % from embed = 256 on.
   """
   d, t, s = card.embed, length, encoder_length
   head = card.rows * d
   if card.tied and card.rank is not None:
     head = card.rank * (card.rows + 2 * d)  # the table's two projections are counted here
-  found = dict(attention=0, scores=0, mixer=0, ffn=0, head=2 * head * t)
+  seen = 1 if card.kind == 'encoder' else seen
+  found = dict(attention=0, scores=0, mixer=0, ffn=0, head=2 * (head + card.head_more) * t)
   for kinds, tokens, share in ((card.decoder, t, seen), (card.encoder, s, 1)):
     for n, mixer in ((kind.repeats, mixer) for kind in kinds for mixer in kind.mixers):
       if isinstance(mixer, Declared):

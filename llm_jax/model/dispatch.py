@@ -2,7 +2,7 @@
 
     dispatch(x [b, t, d], routing, crew) -> (y [b, t, d], part of the pairs that were dropped [b])
 
-Both ways of doing it work on one device's rows, inside the one `shard_map` of the package (`model/moe.py`), and are the
+Both ways of doing it work on one device's rows, inside the `shard_map` of `model/moe.py`, and are the
 only places where tokens change devices.
 
 | | an expert takes | moves tokens by |

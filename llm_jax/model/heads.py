@@ -8,7 +8,7 @@ import jax
 import jax.numpy as jnp
 
 from llm_jax.core import mesh, weights
-from llm_jax.model import param
+from llm_jax.model import ffn, param
 from llm_jax.model.dropout import dropout as drop
 from llm_jax.model.positions import Learned
 
@@ -59,17 +59,36 @@ class Embedding(nn.Module):
 
 class Stem(nn.Module):
   """The beginning of one stack, with weights that the other stack does not share: learned positions and a norm (BART,
-  Lewis et al. 2019, arXiv:1910.13461; the layout is that of its code). dropout: on the result.
+  Lewis et al. 2019, arXiv:1910.13461; the layout is that of its code). types: rows of a table for what else is told of
+  every token, such as which of two sentences it belongs to (BERT's segment embeddings, arXiv:1810.04805, figure 2).
+  dropout: on the result.
   """
 
   norm: Callable
   dropout: float = 0.0
+  types: int = 0
 
   @nn.compact
-  def __call__(self, x: jax.Array, positions: jax.Array, length: int | None, rng: Any) -> jax.Array:
-    """x: [batch, t, embed], positions: int [batch or 1, t], length: of the table. Returns [batch, t, embed]."""
+  def __call__(
+    self,
+    x: jax.Array,
+    positions: jax.Array,
+    length: int | None,
+    rng: Any,
+    types: jax.Array | None = None,
+  ) -> jax.Array:
+    """x: [batch, t, embed], positions: int [batch or 1, t], length: of the table, types: int [batch, t], None for
+    zeros. Returns [batch, t, embed].
+    """
     p = Learned(name='positions')(positions, x.shape[-1], length)
-    return drop(self.norm(name='norm')(x + p.astype(x.dtype)), self.dropout, rng)
+    x = x + p.astype(x.dtype)
+    if self.types:
+      table = param.weight(
+        self, 'types', (self.types, x.shape[-1]), ('types', 'embed'), 'positions'
+      )
+      told = jnp.zeros(x.shape[:2], jnp.int32) if types is None else types
+      x = x + weights.lookup(table, told, dtype=x.dtype)
+    return drop(self.norm(name='norm')(x), self.dropout, rng)
 
 
 class Tied(nn.Module):
@@ -100,6 +119,30 @@ class Tied(nn.Module):
       'btd,dr->btr', x, param.weight(self, 'project', shape, ('embed', 'rank'), 'head')
     )
     return soft_cap(weights.einsum('btr,vr->btv', x, table, dtype=jnp.float32), self.cap)
+
+
+class Masked(nn.Module):
+  """BERT's head: a layer of its own, a norm, then logits from the embedding table and a bias for every id (Devlin et
+  al. 2018, arXiv:1810.04805, appendix A.2; the layout is that of its code).
+  """
+
+  norm: Callable
+  activation: Callable = ffn.gelu
+
+  reads = 'embedding'
+  bias = True
+
+  @nn.compact
+  def __call__(self, x: jax.Array, rows: int, table: Any) -> jax.Array:
+    """x: [batch, t, embed], table: [rows, embed]. Returns f32 [batch, t, rows]."""
+    size = x.shape[-1]
+    y = weights.einsum(
+      'btd,dr->btr', x, param.weight(self, 'inner', (size, size), ('embed', 'rank'), 'ffn_in')
+    )
+    y = weights.add(y, param.weight(self, 'inner_bias', (size,), ('rank',), param.zeros), 'r')
+    y = self.norm(name='norm')(self.activation(y))
+    y = weights.einsum('btd,vd->btv', y, table, dtype=jnp.float32)
+    return weights.add(y, param.weight(self, 'bias', (rows,), ('vocab',), param.zeros), 'v')
 
 
 class Untied(nn.Module):

@@ -33,7 +33,8 @@ class Mask(NamedTuple):
   window, sinks, sees: the sparse pattern, see above; `sees` gets positions [batch, t, 1] and [batch, 1, s].
   places: int ([batch or 1, t], [batch or 1, s]), the positions of queries and keys in their documents; None for their
   indices. windows: int ([batch, t], [batch, s]), parallel context windows: a key is seen by queries of its own number
-  and by those of number 0 (Ratner et al. 2022, arXiv:2212.10947).
+  and by those of number 0 (Ratner et al. 2022, arXiv:2212.10947). order: int ([batch, t], [batch, s]), places in a
+  factorisation order: a query sees itself and the even places up to its own (XLNet; data/permuted.py).
   """
 
   causal: bool = False
@@ -45,6 +46,7 @@ class Mask(NamedTuple):
   sees: Callable | None = None
   places: tuple[jax.Array, jax.Array] | None = None
   windows: tuple[jax.Array, jax.Array] | None = None
+  order: tuple[jax.Array, jax.Array] | None = None
 
   @property
   def sparse(self) -> bool:
@@ -54,7 +56,9 @@ class Mask(NamedTuple):
   @property
   def static(self) -> bool:
     """Whether the mask is known from the shapes alone: everything, or causal."""
-    if self.segments is not None or self.windows is not None or self.sparse:
+    if self.segments is not None or self.windows is not None or self.order is not None:
+      return False
+    if self.sparse:
       return False
     return not self.causal or (self.prefix is None and self.queries is None)
 
@@ -64,7 +68,7 @@ class Mask(NamedTuple):
     queries = jnp.arange(start, stop)[None]
     return self._replace(
       queries=queries,
-      **{name: cut(getattr(self, name)) for name in ('segments', 'places', 'windows')},
+      **{name: cut(getattr(self, name)) for name in ('segments', 'places', 'windows', 'order')},
     )
 
   def dense(self, t: int, s: int) -> jax.Array | None:
@@ -83,6 +87,10 @@ class Mask(NamedTuple):
       query, key = self.windows
       apart = (query == 0)[:, :, None] | (query[:, :, None] == key[:, None, :])
       seen = apart if seen is None else seen & apart
+    if self.order is not None:
+      query, key = self.order[0][:, :, None], self.order[1][:, None, :]
+      before = (query == key) | ((key % 2 == 0) & (key <= query))
+      seen = before if seen is None else seen & before
     if self.sparse:
       near = self._pattern(t, s)
       seen = near if seen is None else seen & near

@@ -123,6 +123,12 @@ class MemoryAttention(nn.Module):
     made = {n: jnp.zeros((*shape, groups, head_dim), dtype) for n in ('memory_k', 'memory_v')}
     return dict(made, at=jnp.full(shape, -1, jnp.int32))
 
+  @nn.nowrap
+  def state_axes(self) -> dict[str, tuple]:
+    """Names of the axes of `initial`."""
+    kept = 'batch', 'length', 'groups', 'head_dim'
+    return dict(memory_k=kept, memory_v=kept, at=kept[:2])
+
 
 def _behind(state: State, where: jax.Array, k: jax.Array, v: jax.Array) -> tuple:
   """(seen, positions, keys, values) of the ring followed by the call's own. Of the ring, what lies before the call is

@@ -51,6 +51,14 @@ class RMSNorm(nn.Module):
     ).astype(x.dtype)
 
 
+def plain(x: jax.Array, sublayers: Sublayers, norm: Callable) -> jax.Array:
+  """sublayer(x): no residual stream and no norm, as networks were before them; build the model with `norm=None`."""
+  del norm
+  for _, sublayer in sublayers:
+    x = sublayer(x)
+  return x
+
+
 def pre(x: jax.Array, sublayers: Sublayers, norm: Callable) -> jax.Array:
   """x + sublayer(norm(x)); the stack ends with one more norm (Xiong et al. 2020, arXiv:2002.04745)."""
   for name, sublayer in sublayers:
@@ -108,6 +116,7 @@ def parallel_norms(x: jax.Array, sublayers: Sublayers, norm: Callable) -> jax.Ar
 
 # How many norms each topology makes for a block with so many sublayers.
 NORMS = dict(
+  plain=lambda n: 0,
   pre=lambda n: n,
   scaled=lambda n: n,
   post=lambda n: n,

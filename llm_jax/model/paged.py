@@ -18,8 +18,13 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
-from llm_jax.core import weights
+from llm_jax.core import mesh, weights
 from llm_jax.model.kernels import HIDDEN
+
+AXES = 'groups', None, None, 'head_dim'  # of a pool
+SUMMED = (
+  4096  # XLA on CPUs adds up arrays of so many numbers, or more, in another order than smaller ones
+)
 
 
 def pool(groups: int, pages: int, size: int, head_dim: int, dtype: Any) -> Any:
@@ -76,22 +81,31 @@ def attend(
   slots: jax.Array,
   scale: float | None = None,
   cap: float | None = None,
-  block: int = 128,
+  block: int | None = None,
 ) -> jax.Array:
   """[batch, t, heads, head_dim]: each query over the slots up to its own.
 
   q: [batch, t, heads, head_dim]; k, v: pools; slots: int32 [batch, t]. cap: see model/kernels.py. block: slots at a
-  time, rounded up to pages. On a TPU one query per row, with heads as wide as its registers (a multiple of 128) and
-  plain pools, goes through the kernel of jax.experimental.pallas.ops.tpu.
+  time, rounded up to pages, None for 128, or for as many as sums over 8 rows need to be over `SUMMED` numbers. On a TPU
+  one query per row, with heads as wide as its registers (a multiple of 128) and plain pools, goes through the kernel of
+  jax.experimental.pallas.ops.tpu. On a mesh each device takes its own groups.
   """
+  if block is None:
+    block = max(128, -(-SUMMED * mesh.ways('groups') // (8 * q.shape[2])))
   per = -(-block // k.shape[2])
   table = jnp.pad(table, ((0, 0), (0, -table.shape[1] % per)), constant_values=-1)
   q = q * jnp.asarray(q.shape[3] ** -0.5 if scale is None else scale, q.dtype)
   walk = functools.partial(_walk, cap=cap, per=per)
-  if q.shape[1] > 1 or q.shape[3] % 128 or isinstance(k, weights.Quantized):
-    return walk(q, k, v, table, slots)
-  kernel = functools.partial(_tpu, cap=cap, per=per)
-  return jax.lax.platform_dependent(q, k, v, table, slots, tpu=kernel, default=walk)
+  run = walk
+  if q.shape[1] == 1 and q.shape[3] % 128 == 0 and not isinstance(k, weights.Quantized):
+    kernel = functools.partial(_tpu, cap=cap, per=per)
+    run = lambda *told: jax.lax.platform_dependent(*told, tpu=kernel, default=walk)
+  if mesh.current() is None:
+    return run(q, k, v, table, slots)
+  split = mesh.spec(*AXES)
+  whole, own = jax.sharding.PartitionSpec(), jax.sharding.PartitionSpec(None, None, split[0])
+  told = dict(in_specs=(own, split, split, whole, whole), out_specs=own, check_vma=False)
+  return jax.shard_map(run, **told)(q, k, v, table, slots)
 
 
 def _tpu(q, k, v, table, slots, *, cap: float | None, per: int) -> jax.Array:

@@ -32,7 +32,13 @@ def row(name: str) -> Row:
 def config(name: str, **changes: Any) -> ConfigDict:
   """The call that builds the published model `name`, with `changes` to what `assemble` is given."""
   sheet = {**row(name).sheet, **changes}
-  return without_attention(**sheet) if 'mixer' in sheet else assemble(**sheet)
+  count = sheet.pop('classes', None)
+  made = without_attention(**sheet) if 'mixer' in sheet else assemble(**sheet)
+  if count is None:
+    return made
+  from llm_jax.model import classes
+
+  return use(classes.make, model=use(classes.make_pooled, model=made), count=count)
 
 
 def assemble(
@@ -65,12 +71,13 @@ def assemble(
   every: int = 1,
   dense: Mapping[str, Any] | None = None,
   embedding: Any = 'heads:Embedding',
+  stem: Any = None,
   head: Any = 'heads:Tied',
   init: Any = 'init:gpt2',
   kernel: Any = 'kernels:reference',
   **builder: Any,
 ) -> ConfigDict:
-  """A `use(transformer.causal, ...)` (or prefix, encoder_decoder) in which all blocks are of one size.
+  """A `use(transformer.causal, ...)` (or prefix, encoder, encoder_decoder) in which all blocks are of one size.
 
   Parts (norm, residual, positions, rotate, bias, ..., kernel) are import paths below `llm_jax.model`, or dicts with
   that path as `fn`; None leaves them out. hidden: of the feed-forward. final_norm: whether the stacks end with a norm.
@@ -96,6 +103,7 @@ def assemble(
     encoder = _pattern('decoder', units, **mixers, **rest)
     builder |= dict(encoder_layers=encoder_layers, encoder_block=encoder)
     mixers['cross'] = use(load('llm_jax.model.attention:CrossAttention'), **attend)
+  builder |= {} if stem is None else dict(stem=part(stem))
   block = 'cross_decoder' if 'cross' in mixers else 'decoder'
   return use(
     load(f'llm_jax.model.transformer:{kind}'),

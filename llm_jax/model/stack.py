@@ -20,6 +20,7 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 
+from llm_jax.core import tree as tree_lib
 from llm_jax.core.errors import UserError, nearest
 from llm_jax.model import param
 from llm_jax.model.attention import Context
@@ -94,6 +95,19 @@ def initial(stack: tuple[Segment, ...], batch: int, length: int, embed: int, dty
   }
 
 
+def state_axes(stack: tuple[Segment, ...]) -> dict:
+  """Names of the axes of `initial`."""
+
+  def one(block: Block) -> dict:
+    own = block.state_axes()
+    return jax.tree.map(lambda names: ('layers', *names), own, is_leaf=tree_lib.is_names)
+
+  return {
+    key: {f'block_{i}': one(block) for i, block in enumerate(segment.blocks)}
+    for key, segment in zip(keys(stack), stack, strict=True)
+  }
+
+
 def run(
   stack: tuple[Segment, ...],
   runner: Callable,
@@ -106,9 +120,9 @@ def run(
   """All segments, one after the other. x: [batch, t, embed], or what the functions `wrap(apply, layer)` take in its
   place (see model/depth.py). params, states: may have more repeats than the stack, whose are then the first.
   """
-  after, total, first = {}, {}, 0
+  after, total, first, size = {}, {}, 0, sum(s.repeats * len(s.blocks) for s in stack)
   for key, segment in zip(keys(stack), stack, strict=True):
-    apply, n = _repeat(segment.blocks, ctx, first), segment.repeats
+    apply, n = _repeat(segment.blocks, ctx, first, size), segment.repeats
     if wrap is not None:
       apply = wrap(apply, functools.partial(_done, first, len(segment.blocks)))
     own, state = (None if tree is None else _first(tree[key], n) for tree in (params, states))
@@ -147,15 +161,17 @@ def _first(tree: Any, n: int) -> Any:
   return jax.tree.map(lambda x: x if x.shape[0] == n else x[:n], tree)
 
 
-def _repeat(blocks: tuple[Block, ...], ctx: Context, first: int) -> Callable:
-  """One repeat of a pattern as a function for a runner; `first` is the number of its first block in the stack."""
+def _repeat(blocks: tuple[Block, ...], ctx: Context, first: int, size: int) -> Callable:
+  """One repeat of a pattern as a function for a runner; `first`: its first block's number in the stack of `size`."""
 
   def apply(params: dict, x: jax.Array, states: dict | None, index: Any) -> tuple:
     after, total = {}, {}
     for i, block in enumerate(blocks):
       name, told = f'block_{i}', ctx
       if ctx.rng is not None:
-        told = ctx._replace(rng=jax.random.fold_in(ctx.rng, first + index * len(blocks) + i))
+        number = first + index * len(blocks) + i
+        height = number / max(size - 1, 1)
+        told = ctx._replace(rng=jax.random.fold_in(ctx.rng, number), height=height)
       state = None if states is None else states[name]
       x, after[name], aux = block.apply({'params': params[name]}, x, told, state)
       total = add(total, aux)
@@ -170,6 +186,15 @@ def apart(params: dict, free: bool = False) -> dict:
   Copies the layers leaf by leaf. free: deletes each stacked leaf after that; nobody may use it any more.
   """
   return {key: _apart(key, value, free) for key, value in params.items()}
+
+
+def axes_apart(axes: Any, params: Any) -> Any:
+  """The axis names of a tree that `apart` made, from those of the tree it was made of."""
+  if isinstance(params, tuple):
+    return tuple(axes for _ in params)
+  if isinstance(params, dict):
+    return {key: axes_apart(axes[key], value) for key, value in params.items()}
+  return axes
 
 
 def is_apart(params: dict) -> bool:

@@ -1,4 +1,4 @@
-"""Causal decoders, prefix decoders and encoder-decoders from the same blocks and runners, as pure functions.
+"""Causal decoders, prefix decoders, encoders and encoder-decoders from the same blocks and runners, as pure functions.
 
 The builders return a `Model`: that is all of this package that the rest of the code sees.
 
@@ -128,6 +128,37 @@ def encoder_decoder(
     'decoder', layers, block, norm, bias, runner, causal=True, bidirectional=False, stem=stem
   )
   return assembly.encoder_decoder(ends, encoder, decoder)
+
+
+def encoder(
+  *,
+  vocab: int,
+  embed: int,
+  layers: int | tuple,
+  block: Callable | tuple,
+  length: int | None = None,
+  runner: Callable = stack.scan,
+  norm: Callable | None = norms.RMSNorm,
+  embedding: Callable = heads.Embedding,
+  positions: Callable | None = None,
+  bias: Callable | None = None,
+  stem: Callable | None = None,
+  head: Callable = heads.Tied,
+  init: Callable = init.gpt2,
+  vocab_multiple: int = 1,
+  dtype: str = 'float32',
+) -> Model:
+  """An encoder alone: every position sees all of its segment (BERT, Devlin et al. 2018, arXiv:1810.04805).
+
+  It has no states, so it does not generate: position i of its logits is a guess at token i itself. Arguments as in
+  `causal` and `encoder_decoder`; BERT's stem is `heads.Stem(types=2)`, which reads batch['types'], its head
+  `heads.Masked`. `model/classes.py` puts a pooler and a classifier on it.
+  """
+  ends = _ends(
+    'encoder', vocab, embed, length, dtype, embedding, positions, head, init, vocab_multiple
+  )
+  told = dict(causal=False, bidirectional=True, stem=stem)
+  return assembly.encoder_only(ends, _stack('encoder', layers, block, norm, bias, runner, **told))
 
 
 def _ends(

@@ -11,8 +11,9 @@ import jax
 import jax.numpy as jnp
 
 from llm_jax.core.errors import UserError
+from llm_jax.model import elmo
 from llm_jax.objectives import cross_entropy
-from llm_jax.objectives.loss import Loss
+from llm_jax.objectives.loss import Loss, add
 
 
 def next_token(
@@ -48,6 +49,63 @@ def next_token(
   metrics = dict(nats=terms.nats, accuracy=terms.accuracy, z_loss=terms.z_loss, **aux)
   losses = (value for name, value in aux.items() if not name.startswith('seen/'))
   return Loss(sum(losses, terms.loss), weights.sum(), metrics)
+
+
+def both_ways(
+  model: Any,
+  params: Any,
+  batch: Mapping[str, jax.Array],
+  rng: jax.Array | None,
+  *,
+  chunk: int | None = 32,
+) -> Loss:
+  """The cross entropy of every target given those before it, and given those after it (Peters et al. 2018,
+  arXiv:1802.05365, section 3.1).
+
+  model: of `elmo.make`. batch: as in `next_token`, one document a row (`batch.pad`, `batch.concatenate`).
+  """
+  segments, targets = batch.get('segments'), elmo.turned(batch['targets'], batch.get('segments'))
+  inputs = jnp.concatenate([batch['inputs'][:, :1], targets[:, :-1]], axis=1)
+  told = dict(batch, targets=targets, inputs=inputs)
+  if 'weights' in batch:
+    told['weights'] = elmo.turned(batch['weights'], segments)
+  keys = (None, None) if rng is None else jax.random.split(rng)
+  first = next_token(model.one, params['forward'], batch, keys[0], chunk=chunk)
+  return add(first, next_token(model.one, elmo.backward(params), told, keys[1], chunk=chunk))
+
+
+def with_memory(
+  model: Any,
+  params: Any,
+  batch: Mapping[str, jax.Array],
+  rng: jax.Array | None,
+  *,
+  memory: int,
+  z_loss: float = 0.0,
+  label_smoothing: float = 0.0,
+  chunk: int | None = 32,
+) -> Loss:
+  """`next_token` of all but the first `memory` positions, which are the segment before (Transformer-XL, Dai et al.
+  2019, arXiv:1901.02860, section 3.2).
+
+  What the layers keep of the memory is looked at and not changed: no gradient goes through it, and its activations are
+  not stored. Rows are windows of one document (`rows=batch.concatenate`), so the source needs nothing but a longer
+  length. The paper caches the layers' inputs and projects them anew, here their keys and values are kept, as in
+  decoding; with `SelfAttention(relative=positions.TransformerXL)` it is the paper's model.
+  """
+  length = batch['inputs'].shape[1]
+  if not 0 < memory < length or 'segments' in batch:
+    raise UserError(
+      f'memory={memory} of a row of {length}: choose a part of it, and a source with rows=batch.concatenate'
+    )
+  at = jnp.broadcast_to(jnp.arange(length)[None], batch['inputs'].shape)
+  before = dict(inputs=batch['inputs'][:, :memory], positions=at[:, :memory])
+  fixed = jax.lax.stop_gradient(params)
+  states = model.hidden(fixed, before, states=model.states(fixed, before, length)).states
+  told = {name: x[:, memory:] for name, x in dict(batch, positions=at).items()}
+  hidden = lambda params, batch, rng: model.hidden(params, batch, rng=rng, states=states)
+  penalties = dict(z_loss=z_loss, label_smoothing=label_smoothing, chunk=chunk)
+  return next_token(model._replace(hidden=hidden), params, told, rng, **penalties)
 
 
 def _check(z_loss: float, label_smoothing: float, chunk: int | None) -> None:

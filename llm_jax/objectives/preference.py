@@ -27,13 +27,15 @@ class Texts(NamedTuple):
   """What the sides of a batch are worth to a model.
 
   logp: of each side's response, nats, f32 [batch]. size: its targets, f32 [batch]. counts: 1 where all sides have
-  targets, f32 [batch]. aux: the model's auxiliary losses by name, the mean over the sides, [batch].
+  targets, f32 [batch]. aux: the model's auxiliary losses by name, the mean over the sides, [batch]. entropy: of the
+  model's distributions over each side's response, summed over its targets, nats, f32 [batch].
   """
 
   logp: list[jax.Array]
   size: list[jax.Array]
   counts: jax.Array
   aux: dict[str, jax.Array]
+  entropy: Sequence[jax.Array] = ()
 
   def mean(self, i: int) -> jax.Array:
     """log p(y|x) / |y| of side i; -1 in rows of padding, where 0 would be no log-probability."""
@@ -59,7 +61,8 @@ def _texts(model, params, told, rng, count, chunk) -> Texts:
   size = sequence.parts(told['weights'].sum(-1), count)
   counts = (jnp.stack(size).min(0) > 0).astype(jnp.float32)
   aux = {name: sum(sequence.parts(value, count)) / count for name, value in found.aux.items()}
-  return Texts(logp, size, counts, aux)
+  entropy = sequence.parts(sequence.total(found.entropy, told['weights']), count)
+  return Texts(logp, size, counts, aux, entropy)
 
 
 def settle(

@@ -105,17 +105,21 @@ def hindsight_instruction(
   rng: jax.Array | None,
   *,
   contrast: float = 0.3,
+  entropy: float = 0.001,
   chunk: int | None = 32,
 ) -> Loss:
-  """-log p(y | I_0) - contrast log softmax_k(log p(y | I_k))_0: an answer belongs to its instruction.
+  """-log p(y | I_0) - contrast log softmax_k(log p(y | I_k))_0 - entropy H(p(. | I_0)): an answer belongs to its
+  instruction, and the model should not be too sure of what it says, so that it goes on trying.
 
-  Hindsight instruction relabelling (arXiv:2302.05206, equations 3 to 5) without its entropy term. The sides are
-  `instruction0/...` (the relabelled instruction that the answer fulfils) and other instructions with the same answer.
-  Per answer.
+  Hindsight instruction relabelling (arXiv:2302.05206, equations 3 to 5). The sides are `instruction0/...` (the
+  relabelled instruction that the answer fulfils) and other instructions with the same answer. H is summed over the
+  answer's tokens, as log p is. Per answer.
   """
   sides = names(batch, 'instruction')
   texts = preference.read(model, params, batch, rng, sides, chunk)
   logp = jnp.stack(texts.logp, 1)
   own = jax.nn.log_softmax(logp)[:, 0]
-  metrics = dict(accuracy=logp[:, 0] >= logp.max(1), contrast=-own, nll=-logp[:, 0])
-  return preference.settle(-logp[:, 0] - contrast * own, texts.counts, metrics, texts.aux)
+  spread = texts.entropy[0]
+  metrics = dict(accuracy=logp[:, 0] >= logp.max(1), contrast=-own, nll=-logp[:, 0], entropy=spread)
+  loss = -logp[:, 0] - contrast * own - entropy * spread
+  return preference.settle(loss, texts.counts, metrics, texts.aux)

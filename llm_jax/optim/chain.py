@@ -60,8 +60,8 @@ def matrices(names: tuple) -> bool:
 
 
 def hidden_matrices(names: tuple) -> bool:
-  """Decay matrices but no looked-up tables: token and position embeddings, position biases."""
-  return matrices(names) and _inner(names)[0] not in ('vocab', 'positions', 'buckets')
+  """Decay matrices but no looked-up tables: embeddings of tokens, positions and types, position biases."""
+  return matrices(names) and _inner(names)[0] not in ('vocab', 'positions', 'buckets', 'types')
 
 
 def make(

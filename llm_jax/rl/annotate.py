@@ -31,6 +31,7 @@ class Annotated:
   def __init__(self, source: Any, add: Callable[[Batch, Any], Batch], longer: int = 0):
     self._source, self._add = source, add
     self.batch, self.length, self.vocab = source.batch, source.length + longer, source.vocab
+    self.texts = getattr(source, 'texts', 1)
 
   def __call__(self, state: Any = None) -> Batch:
     """The next batch of this process."""

@@ -9,13 +9,13 @@ What comes out are records for the readers of data: {'instruction', 'output', ..
 """
 
 import json
-import os
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any, NamedTuple
 
 import jax
 import numpy as np
 
+from llm_jax.core import files
 from llm_jax.core.errors import UserError
 from llm_jax.decode import generate as generate_lib
 from llm_jax.rl import reward as reward_lib
@@ -62,10 +62,7 @@ def sample(
 
 def save(records: Records, path: str) -> None:
   """Writes records as JSON lines; the file appears once all is written."""
-  temporary = f'{path}.new'
-  with open(temporary, 'w', encoding='utf-8') as f:
-    f.writelines(json.dumps(record, ensure_ascii=False) + '\n' for record in records)
-  os.replace(temporary, path)
+  files.write(path, ''.join(json.dumps(r, ensure_ascii=False) + '\n' for r in records))
 
 
 # --- which answers are kept ---------------------------------------------------------------------------

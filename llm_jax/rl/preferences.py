@@ -4,12 +4,12 @@
 """
 
 import math
-import os
 from collections.abc import Hashable, Mapping, Sequence
 from typing import Any, NamedTuple
 
 import numpy as np
 
+from llm_jax.core import files
 from llm_jax.core.errors import UserError
 
 SCALE = 400 / math.log(10)  # points of Elo per unit of Bradley-Terry's log-odds
@@ -166,6 +166,6 @@ def plot(path: str, margins: Mapping[str, Any], *, bins: int = 10) -> str:
     panel.grid(alpha=0.25)
     panel.spines[['top', 'right']].set_visible(False)
   right.legend(frameon=False)
-  figure.savefig(f'{path}.new', format='png')
-  os.replace(f'{path}.new', path)
+  with files.whole(path, 'wb') as f:
+    figure.savefig(f, format='png')
   return path

@@ -27,6 +27,7 @@ class WithPtx:
 
   def __init__(self, source: Any, pretraining: Any):
     self.batch, self.length, self.vocab = source.batch, source.length, source.vocab
+    self.texts = 1 + pretraining.length / source.length  # of the source's length
     self._source, self._pretraining = source, pretraining
 
   def __call__(self, state: Any) -> dict[str, np.ndarray]:

@@ -252,6 +252,19 @@ def learned(
   return _opened(model, path, vocab, policy_vocab, batch, form)(prompts, answers, told)
 
 
+def prepare(reward: Callable) -> None:
+  """Opens the reward models that a reward is made of, so that a missing run or another tokenizer is refused now."""
+  if not isinstance(reward, functools.partial):
+    return
+  told = reward.keywords
+  if reward.func is learned:
+    settings = dict(policy_vocab=None, batch=16, form=plain) | told
+    _opened(*(settings[k] for k in ('model', 'path', 'vocab', 'policy_vocab', 'batch', 'form')))
+  for value in told.values():
+    for part in value.values() if isinstance(value, Mapping) else (value,):
+      prepare(part)
+
+
 @functools.lru_cache(maxsize=8)
 def _opened(model, path, vocab, policy_vocab, batch, form) -> Reward:
   if policy_vocab is not None:

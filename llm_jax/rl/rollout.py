@@ -160,8 +160,8 @@ def make(
   scores. form: `plain` or `chat`. prompt_length: tokens, default those of the longest. temperature: of the policy, for
   drawing and for all log-probabilities (objectives have the same argument).
 
-  Raises `UserError` for what does not fit together and for a prompt that is too long, before anything is compiled;
-  while running for a reward that is no number, naming the prompt.
+  Raises `UserError` for what does not fit together, a reward model with another tokenizer and a prompt that is too
+  long, before anything is compiled; in any round for a reward that is no number, naming the prompt.
   """
   if model.card.kind == 'encoder_decoder':
     raise UserError('rollout.make: an encoder-decoder cannot be the policy; choose a decoder')
@@ -171,6 +171,7 @@ def make(
     raise UserError(f'round={round} must be a multiple of batch={batch} and of group={group}')
   if beta and reference is None:
     raise UserError(f'beta={beta} needs a reference: set reference to rollout.of_run with its path')
+  reward_lib.prepare(reward)
   words, records = vocab(), list(prompts())
   if not records:
     raise UserError('there are no prompts: name another file or split')
@@ -213,10 +214,8 @@ class Rollout:
     self._model, self._forms, self._s, self._process = model, forms, settings, process
     self._given, self._cursor, self._memory = 0, 0, {}
     self._reference = None
-    self._read = jax.jit(
-      functools.partial(_read, model, settings.value, settings.temperature),
-      static_argnames='critic',
-    )
+    read = functools.partial(_read, model, settings.value, settings.temperature)
+    self._read = jax.jit(read, static_argnames='critic')
     self._order = functools.lru_cache(maxsize=2)(
       lambda epoch: np.random.default_rng([settings.seed, epoch]).permutation(len(records))
     )
@@ -231,7 +230,12 @@ class Rollout:
     if self._given == self.per_round:
       self.round, self._given, self.rows = self.round + 1, 0, None
     if self.rows is None:
-      self.rows = self._write(state.params)
+      before = self._cursor, self._memory
+      try:
+        self.rows = self._write(state.params)
+      except Exception:
+        self._cursor, self._memory = before  # a round that failed can begin again
+        raise
     epoch, k = divmod(self._given, self._s.rows // self.batch)
     rng = np.random.default_rng([self._s.seed, self.round, epoch])
     rows = rng.permutation(self._s.rows)[k * self.batch : (k + 1) * self.batch]
@@ -273,9 +277,8 @@ class Rollout:
       raise UserError(
         f'this is not the state of a rollout ({", ".join(sorted(missing))} missing): restore another checkpoint'
       )
-    self.round, self._given, self._cursor = (
-      int(state[name]) for name in ('round', 'given', 'cursor')
-    )
+    place = (int(state[name]) for name in ('round', 'given', 'cursor'))
+    self.round, self._given, self._cursor = place
     self.beta, self._memory = float(state['beta']), dict(state['memory'])
     self.rows = None if state['rows'] is None else unpack(state['rows'])
     if self.rows is not None and len(self.rows['index']) != self._s.rows:
@@ -443,7 +446,5 @@ def pack(arrays: Arrays) -> dict[str, list]:
 
 def unpack(packed: Mapping[str, Sequence]) -> Arrays:
   """Undoes `pack`, bit by bit."""
-  array = lambda d, shape, text: np.frombuffer(zlib.decompress(base64.b64decode(text)), d).reshape(
-    shape
-  )
-  return {name: array(*value).copy() for name, value in packed.items()}
+  read = lambda d, text: np.frombuffer(zlib.decompress(base64.b64decode(text)), d)
+  return {name: read(d, text).reshape(shape).copy() for name, (d, shape, text) in packed.items()}

@@ -78,7 +78,12 @@ def bill(
   hours = total / (peak * mfu * 3600)
   energy = megawatt_hours(hours, watts=watts, pue=pue)
   return Bill(
-    total, count.pf_days(total), hours, energy, energy * tonnes_per_mwh, hours * price_per_hour
+    total,
+    count.pf_days(total),
+    hours,
+    energy,
+    tonnes(energy, per_mwh=tonnes_per_mwh),
+    hours * price_per_hour,
   )
 
 

@@ -3,12 +3,12 @@
 Readable without colours: budgets differ in their marker and their shade, approaches in their line.
 """
 
-import os
 from collections.abc import Mapping, Sequence
 from typing import Any
 
 import numpy as np
 
+from llm_jax.core import files
 from llm_jax.scaling import fits, ladder, laws
 
 MARKERS = 'os^Dv<>p*h'
@@ -49,8 +49,8 @@ def draw(
     panel.set_axisbelow(True)
     panel.spines[['top', 'right']].set_visible(False)
     panel.legend(fontsize=7, frameon=False)
-  figure.savefig(f'{path}.new', format='png')
-  os.replace(f'{path}.new', path)
+  with files.whole(path, 'wb') as f:
+    figure.savefig(f, format='png')
   return path
 
 

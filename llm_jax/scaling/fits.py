@@ -188,23 +188,28 @@ def isoflop(
   """Approach 2: a parabola in log N through the runs of each budget, and power laws through their lowest points.
 
   budget: f64 [n] FLOP, equal for the runs of one curve. nearest: of each budget only so many runs, those nearest in
-  log N to the lowest one; a parabola describes the bottom of the curve, not its far sides. UserError where the runs of
-  a budget have no lowest point between them.
+  log N to the lowest one; a parabola describes the bottom of the curve, not its far sides. A budget whose runs have no
+  lowest point between them is left out; UserError with the reason where fewer than two remain.
   """
   c, n, d, y = _f64(budget, parameters, tokens, loss)
-  found = [parabola(b, n[c == b], d[c == b], y[c == b], nearest) for b in np.unique(c)]
-  _enough(len(found), 2, 'a frontier through its budgets')
-  return found, frontier(
-    [p.budget for p in found], [p.parameters for p in found], [p.tokens for p in found]
-  )
+  found, reason = [], 'there is one budget'
+  for b in np.unique(c):
+    try:
+      found.append(_parabola(b, n[c == b], d[c == b], y[c == b], nearest))
+    except UserError as error:
+      reason = str(error)
+  if len(found) < 2:
+    raise UserError(f'fewer than two budgets have a lowest point, because {reason}')
+  columns = ([getattr(p, name) for p in found] for name in ('budget', 'parameters', 'tokens'))
+  return found, _frontier(*columns)
 
 
-def parabola(
+def _parabola(
   budget: float,
   parameters: np.ndarray,
   tokens: np.ndarray,
   loss: np.ndarray,
-  nearest: int | None = None,
+  nearest: int | None,
 ) -> Parabola:
   """The parabola through the runs of one budget, as `isoflop` fits it to each."""
   x = np.log(parameters)
@@ -248,10 +253,10 @@ def envelope(curves: Sequence[tuple], *, budgets: int = 1500) -> laws.Frontier:
       'fewer than two sizes between the smallest and the largest are ever the best: add sizes or train longer'
     )
   c, n = np.exp(grid[inside]), best[inside]
-  return frontier(c, n, c / (6 * n))
+  return _frontier(c, n, c / (6 * n))
 
 
-def frontier(compute: ArrayLike, parameters: ArrayLike, tokens: ArrayLike) -> laws.Frontier:
+def _frontier(compute: ArrayLike, parameters: ArrayLike, tokens: ArrayLike) -> laws.Frontier:
   """Power laws through the best N and D of several computes, f64 [n] each."""
   return laws.Frontier(power(compute, parameters).law, power(compute, tokens).law)
 

@@ -149,17 +149,7 @@ def envelope(table: Table) -> laws.Frontier:
 
 def isoflop(table: Table) -> tuple[list[fits.Parabola], laws.Frontier]:
   """Approach 2, through the budgets whose runs have a lowest point between them."""
-  found, reason = [], None
-  for budget in np.unique(table.budget):
-    some = table.budget == budget
-    try:
-      found.append(fits.parabola(budget, *(field[some] for field in table[:3])))
-    except UserError as error:
-      reason = error
-  if len(found) < 2:
-    raise UserError(f'fewer than two budgets have a lowest point, because: {reason}')
-  columns = ([getattr(p, name) for p in found] for name in ('budget', 'parameters', 'tokens'))
-  return found, fits.frontier(*columns)
+  return fits.isoflop(table.budget, *table[:3])
 
 
 # --- what they say -------------------------------------------------------------------------------------
@@ -211,22 +201,23 @@ def compare(ladder: Ladder, rows: Sequence[Mapping[str, Any]]) -> list[dict[str,
 
 def told(ladder: Ladder) -> dict[str, Any]:
   """Everything as JSON: each number as [value, low, high]."""
-  found: dict[str, Any] = {}
-  for name, estimate in ladder.estimates.items():
-    low, high = fits.interval(estimate.draws)
-    keys = ('k', 'a', 'k_tokens', 'b')
-    values = zip(keys, _flat(estimate.frontier), low, high, strict=True)
-    found[name] = {key: [float(v), float(lo), float(hi)] for key, v, lo, hi in values}
-  low, high = fits.interval(ladder.law_draws)
-  values = zip(ladder.law._fields, ladder.law, low, high, strict=True)
-  law = {key: [float(v), float(lo), float(hi)] for key, v, lo, hi in values}
+  keys = ('k', 'a', 'k_tokens', 'b')
+  estimates = ladder.estimates.items()
   return dict(
-    approaches=found,
+    approaches={name: _bounded(keys, _flat(e.frontier), e.draws) for name, e in estimates},
     agree=agree(ladder),
-    law=law,
+    law=_bounded(ladder.law._fields, ladder.law, ladder.law_draws),
     objective=ladder.objective,
     parabolas=[p._asdict() for p in ladder.parabolas],
     lowest=ladder.lowest and ladder.lowest._asdict(),
     backtest=ladder.back,
     trusted=ladder.trusted,
   )
+
+
+def _bounded(
+  keys: Sequence[str], values: Sequence[float], draws: np.ndarray
+) -> dict[str, list[float]]:
+  """Name -> [value, low, high]."""
+  rows = zip(keys, values, *fits.interval(draws), strict=True)
+  return {key: list(map(float, row)) for key, *row in rows}

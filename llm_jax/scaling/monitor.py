@@ -6,7 +6,6 @@ before a loss curve looks wrong to the eye, and in both directions: a loss that 
 """
 
 import functools
-import json
 import math
 import os
 from collections import deque
@@ -15,6 +14,7 @@ from typing import Any
 
 import numpy as np
 
+from llm_jax.core import files, metrics
 from llm_jax.core.errors import UserError
 from llm_jax.scaling import fits, laws
 from llm_jax.train.hooks import Hook, Run
@@ -29,13 +29,10 @@ def like(step: int, *, workdir: str, skip: int = 50, name: str = 'loss') -> floa
 
 @functools.lru_cache(maxsize=8)
 def _fitted(workdir: str, skip: int, name: str) -> laws.Offset:
-  path = os.path.join(workdir, 'metrics.jsonl')
-  try:
-    with open(path, encoding='utf-8') as f:
-      lines = [json.loads(line) for line in f]
-  except OSError as error:
-    raise UserError(f'no run to compare with: {error}') from None
-  points = [(x['step'], x[name]) for x in lines if x.get(name) and x['step'] > skip]
+  path = os.path.join(workdir, metrics.FILE)
+  if not os.path.isfile(path):
+    raise UserError(f'no run to compare with: there is no {path}')
+  points = [(x['step'], x[name]) for x in files.lines(path) if x.get(name) and x['step'] > skip]
   if len(points) < 4:
     raise UserError(
       f'{path} has {len(points)} values of {name!r} after step {skip}: a curve takes 4'

@@ -20,6 +20,7 @@ import time
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from typing import Any, NamedTuple
 
+from llm_jax.core import files, metrics
 from llm_jax.core.config import build, to_json
 from llm_jax.core.errors import UserError
 from llm_jax.model import count
@@ -66,7 +67,9 @@ def cells(
   twice = next((name for name in names if names.count(name) > 1), None)
   if not found or twice:
     raise UserError(
-      f'two cells are called {twice}: give them arguments that differ' if twice else 'no cells'
+      f'two cells are called {twice}: give them arguments that differ'
+      if twice
+      else 'the sweep has no cells: give each list of its grid a value'
     )
   without = next((c.name for c in found if 'heldout' not in c.recipe.hooks), None)
   if without:
@@ -179,14 +182,14 @@ def _attempt(folder: str, cell: Cell, train: Callable[[Any, str], Any]) -> None:
       raise UserError(f'its process died {deaths} times without a word; see {where}/log.txt')
     with _signals_as_they_were():
       train(cell.recipe, where)
-    write(os.path.join(where, 'result.json'), json.dumps(measure(where, cell)))
+    files.write(os.path.join(where, 'result.json'), json.dumps(measure(where, cell)))
   except (SystemExit, KeyboardInterrupt):  # stopped with its state saved
     os.remove(begun)
     raise
   except Exception as e:
     text = ' '.join(str(e).split()) or repr(e)
     told = text if isinstance(e, UserError) else f'{type(e).__name__}: {text}'
-    write(os.path.join(where, 'failed.json'), json.dumps(dict(error=told[:500])))
+    files.write(os.path.join(where, 'failed.json'), json.dumps(dict(error=told[:500])))
   os.remove(begun)
   publish(folder)
 
@@ -253,7 +256,7 @@ def measure(where: str, cell: Cell) -> dict[str, Any]:
   """
   batch, length, _ = _sizes(cell.recipe.source)
   sizes = count.parameters(build(cell.recipe.model)().card)
-  lines, seconds, before = metrics(where), 0.0, 0.0
+  lines, seconds, before = files.lines(os.path.join(where, metrics.FILE)), 0.0, 0.0
   curve, last = [], {}
   for line in lines:
     last |= {name: value for name, value in line.items() if '/' in name}
@@ -280,27 +283,17 @@ def measure(where: str, cell: Cell) -> dict[str, Any]:
   )
 
 
-def metrics(where: str) -> list[dict[str, Any]]:
-  """The whole lines of a cell's `metrics.jsonl`; none if there is no file."""
-  path = os.path.join(where, 'metrics.jsonl')
-  if not os.path.exists(path):
-    return []
-  with open(path, encoding='utf-8') as f:
-    return [json.loads(line) for line in f if line.endswith('\n')]
-
-
 def publish(folder: str) -> str:
   """Makes the table anew of all results there are, least FLOPs first; returns its path."""
   os.makedirs(os.path.join(folder, 'cells'), exist_ok=True)
   with open(os.path.join(folder, 'lock'), 'a', encoding='utf-8') as f:
-    fcntl.flock(
-      f, fcntl.LOCK_EX
-    )  # or the table of one who looked earlier would replace a newer one
+    # or the table of one who looked earlier would replace a newer one
+    fcntl.flock(f, fcntl.LOCK_EX)
     found = []
     for path in glob.glob(os.path.join(glob.escape(folder), 'cells', '*', 'result.json')):
       found.append(_read(path))
     found.sort(key=lambda row: (row['flops'], row['cell']))
-    return write(os.path.join(folder, TABLE), ''.join(json.dumps(row) + '\n' for row in found))
+    return files.write(os.path.join(folder, TABLE), ''.join(json.dumps(r) + '\n' for r in found))
 
 
 def results(folder: str) -> list[dict[str, Any]]:
@@ -337,15 +330,5 @@ def failures(folder: str, chosen: Sequence[Cell]) -> dict[str, str]:
 
 def fraction(folder: str, cell: Cell) -> float:
   """How much of its training a cell has behind it, as far as it has been logged."""
-  lines = metrics(place(folder, cell))
+  lines = files.lines(os.path.join(place(folder, cell), metrics.FILE))
   return lines[-1]['step'] / cell.recipe.steps if lines else 0.0
-
-
-def write(path: str, text: str) -> str:
-  """Writes a file whole or not at all; returns its path."""
-  with open(f'{path}.{os.getpid()}', 'w', encoding='utf-8') as f:
-    f.write(text)
-    f.flush()
-    os.fsync(f.fileno())
-  os.replace(f'{path}.{os.getpid()}', path)
-  return path

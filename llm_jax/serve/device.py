@@ -6,7 +6,10 @@ Rows that nobody uses have no pages, and what is computed for them is not looked
 **Bits.** What is computed for a row must not depend on the other rows. Attention walks over pages (model/paged.py),
 everything else works row by row but for matrix products, whose order of summation XLA chooses by the number of rows:
 the same for 8 to 32 on the CPUs tried, others below and above. So no call has more than `CHUNK` = 32 rows or tokens nor
-fewer than 8. tests/serve/test_engine.py holds this.
+fewer than 8. Sums along rows change their order where an array has 4,096 numbers: a model with rows that are on either
+side of that, in 8 of them and in 32, has steps of 32 alone (`buckets`), and attention sees to itself. Tests hold this.
+Mixtures of experts are the exception: an expert multiplies what all rows send it at once, and the last bits of a
+log-probability depend on how much that is (5e-7 where it was tried, with the same tokens).
 """
 
 import functools
@@ -19,12 +22,20 @@ import numpy as np
 from llm_jax.core import mesh, tree
 from llm_jax.core.errors import UserError
 from llm_jax.decode import logits as logits_lib
+from llm_jax.decode import steps
 from llm_jax.model import paged
+from llm_jax.serve import placement
 from llm_jax.serve.requests import MOST_TOP
 
 CHUNK = 32
 BUCKETS = (8, 32)
 SETTINGS = tuple(name for name in logits_lib.Sampling._fields if name != 'no_repeat_ngram')
+
+
+def buckets(*widths: int) -> tuple[int, ...]:
+  """The numbers of rows that a step may have, for sums along rows of these widths."""
+  changes = [w for w in widths if BUCKETS[0] * w < paged.SUMMED <= BUCKETS[-1] * w]
+  return BUCKETS[-1:] if changes else BUCKETS
 
 
 class Sizes(NamedTuple):
@@ -69,23 +80,27 @@ class Chosen(NamedTuple):
 
 
 class Device:
-  """The model, its parameters and the memory of all sequences. Used by one thread.
+  """The model, its parameters and the memory of all sequences. Used by one thread, inside `place.entered()`.
 
-  allowed: bool [vocab], the ids that may be drawn.
+  allowed: bool [vocab], the ids that may be drawn. place: where the parameters are, and the memory goes.
   """
 
-  def __init__(self, model: Any, params: Any, sizes: Sizes, allowed: np.ndarray):
+  def __init__(
+    self, model: Any, params: Any, sizes: Sizes, allowed: np.ndarray, place: placement.Placement
+  ):
     if model.card.kind != 'causal':
       raise UserError(
         f'the engine serves causal decoders, this model is of kind {model.card.kind!r}: use llm-jax generate'
       )
-    self.sizes, self._model, self._params = sizes, model, params
+    self.sizes, self._model, self._params, self._place = sizes, model, params, place
     self._head = model.head(params)
-    self._f = _Functions(model.hidden, model.logits, mesh.context())
+    self.buckets = buckets(model.card.embed, model.card.rows)
     one = dict(inputs=jnp.zeros((1, 1), jnp.int32))
     fresh = model.states(params, one, sizes.length)
     self._fresh = {p: x for p, x in tree.flatten(fresh).items() if not _is_paged(p)}
     self._states = tree.map_paths(self._memory, fresh)
+    places = tuple(placement.spread(self._states).items())
+    self._f = _Functions(model.hidden, model.logits, mesh.context(), places)
     self._allowed = np.pad(allowed, (0, model.card.rows - model.card.vocab))
     self._open = functools.cache(self._neutral)
     self.recurrent = bool(self._fresh)  # a state that cannot be shared nor cut at a chunk
@@ -102,7 +117,7 @@ class Device:
     nobody = np.full((1, self.sizes.table), -1, np.int32)
     x = self.read(np.zeros(CHUNK, np.int32), 0, 0, nobody[0], 0)
     self.prompt_logp(x, np.zeros(CHUNK, np.int32))
-    for rows in BUCKETS:
+    for rows in self.buckets:
       none = np.zeros(rows, np.int32)
       pages = np.repeat(nobody, rows, axis=0)
       x = self.step(none, none, pages, none + self.sizes.rows)
@@ -139,9 +154,9 @@ class Device:
   def choose(self, x: jax.Array, told: Told) -> Chosen:
     """The next token of each row of `x` [rows, embed], which passes through the host: one signature for all callers."""
     rows = x.shape[0]
-    bias = self._open('bias', rows) if told.bias is None else jnp.asarray(told.bias)
-    allowed = told.allowed
-    allowed = self._open('allowed', rows) if allowed is None else jnp.asarray(allowed)
+    bias, allowed = told.bias, told.allowed
+    bias = self._open('bias', rows) if bias is None else self._place.whole(bias)
+    allowed = self._open('allowed', rows) if allowed is None else self._place.whole(allowed)
     limits = bias, allowed, np.bool_(told.top)
     found = _choose(self._f, self._head, np.asarray(x), *told[:4], *limits)
     return Chosen(*jax.device_get(found))
@@ -152,11 +167,11 @@ class Device:
 
   def copy(self, source: int, target: int) -> None:
     """Copies a page."""
-    self._states = _copy(self._states, np.int32(source), np.int32(target))
+    self._states = _copy(self._f, self._states, np.int32(source), np.int32(target))
 
   def reset(self, row: int) -> None:
     """Makes the row's states those of an empty context."""
-    self._states = _reset(self._states, self._fresh, np.int32(row))
+    self._states = _reset(self._f, self._states, self._fresh, np.int32(row))
 
   def _run(self, *told: np.ndarray) -> jax.Array:
     x, self._states = _forward(self._f, self._params, self._states, *told)
@@ -169,31 +184,46 @@ class Device:
     groups, head_dim = x.shape[2], x.shape[4]
     dtype = self.sizes.dtype or x.dtype
     pool = paged.pool(groups, self.sizes.pages, self.sizes.page, head_dim, dtype)
-    return jax.tree.map(lambda x: x[None], pool)
+    return jax.tree.map(lambda x: mesh.shard(x[None], 'layers', *paged.AXES), pool)
 
   def _neutral(self, name: str, rows: int) -> jax.Array:
     """A bias or a mask for rows that have none of their own."""
     shape = rows, self._model.card.rows
-    if name == 'bias':
-      return jnp.zeros(shape, jnp.float32)
-    return jnp.broadcast_to(self._allowed, shape)
+    neutral = (
+      np.zeros(shape, np.float32) if name == 'bias' else np.broadcast_to(self._allowed, shape)
+    )
+    return self._place.whole(neutral)
 
 
 class _Functions(NamedTuple):
+  """What the compiled code depends on besides shapes. rules: of the mesh. places: (path, where its leaf is) of the
+  states that are split, which therefore stay where they are."""
+
   hidden: Any
   logits: Any
   rules: Any
+  places: tuple = ()
+
+  def settle(self, states: Any) -> Any:
+    """The states, each leaf where it belongs."""
+    places = dict(self.places)
+    return tree.map_paths(lambda p, x: mesh.constrain(x, places[p]) if p in places else x, states)
+
+  def whole_logits(self, head: Any, x: jax.Array) -> jax.Array:
+    """f32 [rows, vocab] of x [rows, embed], all of them on every device."""
+    found = self.logits(head, x[:, None])[:, 0].astype(jnp.float32)
+    return steps.whole(found)
 
 
 def slot_bytes(model: Any, params: Any, dtype: str | None) -> int:
-  """Bytes of a slot in the pools of all layers."""
+  """Bytes of a slot in the pools of all layers, on each device."""
   one = dict(inputs=jnp.zeros((1, 1), jnp.int32))
   states = jax.eval_shape(lambda params: model.states(params, one, 1), params)
 
   def count(x: jax.Array) -> int:
     groups, head_dim = x.shape[2], x.shape[4]
     pool = jax.eval_shape(lambda: paged.pool(groups, 1, 1, head_dim, dtype or x.dtype))
-    return x.shape[0] * tree.nbytes(pool)
+    return x.shape[0] * tree.nbytes(pool) // mesh.ways(*paged.AXES)
 
   return sum(count(x) for path, x in tree.flatten(states).items() if _is_paged(path))
 
@@ -223,14 +253,15 @@ def _forward(
 
   batch = dict(inputs=tokens, positions=positions, segments=real, pages=pages)
   hidden = f.hidden(params, batch, states=tree.map_paths(own, states))
-  return hidden.x.astype(jnp.float32), tree.map_paths(put, states, hidden.states)
+  x = steps.whole(hidden.x.astype(jnp.float32))
+  return x, f.settle(tree.map_paths(put, states, hidden.states))
 
 
 @functools.partial(jax.jit, static_argnums=0)
 def _choose(
   f: _Functions, head: Any, x: jax.Array, settings, seeds, made, seen, bias, allowed, top
 ):
-  logits = f.logits(head, x[:, None])[:, 0].astype(jnp.float32)
+  logits = f.whole_logits(head, x)
   sampling = logits_lib.Sampling(**dict(zip(SETTINGS, settings, strict=True)))
   key = lambda seed, n: jax.random.fold_in(jax.random.fold_in(jax.random.key(seed), 0), n)
   found = logits_lib.process(logits, sampling, seen, bias=bias, allowed=allowed)
@@ -245,20 +276,19 @@ def _choose(
 
 @functools.partial(jax.jit, static_argnums=0)
 def _score(f: _Functions, head: Any, x: jax.Array, following: jax.Array) -> jax.Array:
-  logp = jax.nn.log_softmax(f.logits(head, x[:, None])[:, 0].astype(jnp.float32))
+  logp = jax.nn.log_softmax(f.whole_logits(head, x))
   return jnp.take_along_axis(logp, following[:, None], axis=1)[:, 0]
 
 
-@functools.partial(jax.jit, donate_argnums=0)
-def _copy(states: Any, source: jax.Array, target: jax.Array) -> Any:
+@functools.partial(jax.jit, static_argnums=0, donate_argnums=1)
+def _copy(f: _Functions, states: Any, source: jax.Array, target: jax.Array) -> Any:
   """The states with one page copied; leaves [1, groups, pages, size, ...]."""
   one = lambda x: x.at[:, :, target].set(x[:, :, source])
-  return tree.map_paths(lambda path, x: one(x) if _is_paged(path) else x, states)
+  return f.settle(tree.map_paths(lambda path, x: one(x) if _is_paged(path) else x, states))
 
 
-@functools.partial(jax.jit, donate_argnums=0)
-def _reset(states: Any, fresh: dict[str, jax.Array], row: jax.Array) -> Any:
+@functools.partial(jax.jit, static_argnums=0, donate_argnums=1)
+def _reset(f: _Functions, states: Any, fresh: dict[str, jax.Array], row: jax.Array) -> Any:
   """The states with those of a row as they are in `fresh`."""
-  return tree.map_paths(
-    lambda path, x: x.at[:, row].set(fresh[path][:, 0]) if path in fresh else x, states
-  )
+  one = lambda path, x: x.at[:, row].set(fresh[path][:, 0]) if path in fresh else x
+  return f.settle(tree.map_paths(one, states))

@@ -23,7 +23,8 @@ import numpy as np
 from llm_jax.core.errors import UserError
 from llm_jax.decode import logits as logits_lib
 from llm_jax.model import stack
-from llm_jax.serve.device import BUCKETS, CHUNK, SETTINGS, Device, Sizes, Told, slot_bytes
+from llm_jax.serve import placement
+from llm_jax.serve.device import CHUNK, SETTINGS, Device, Sizes, Told, slot_bytes
 from llm_jax.serve.pages import Pages
 from llm_jax.serve.requests import Full, Request, Token
 from llm_jax.serve.sequence import Sequence
@@ -32,13 +33,14 @@ from llm_jax.serve.sequence import Sequence
 class Engine:
   """Answers requests. Owns a thread and the device's memory: `close` it, or use it in a `with`.
 
-  params: best with their layers apart already (`stack.apart`); else they are copied so.
+  params: best with their layers apart already (`stack.apart`); else they are copied so. Made inside `jax.set_mesh`, the
+  engine splits them, its pool and its states over the mesh axis `tensor` (serve/placement.py).
 
   rows: answered at once. length: the longest prompt and answer, None: the model's context. pages: of `page` slots each,
-  None: enough for every row at full length, but no more than fit into `memory` GiB (a single row always fits). kv:
-  'int8' keeps keys and values in a byte a number. queue: requests that may wait. chunks: of prompts between two
-  tokens. prefix_cache: keeps what prompts begin with. allowed: bool [vocab], the ids that may be
-  drawn, None for all.
+  None: enough for every row at full length, but no more than fit into `memory` GiB of each device (a single row always
+  fits). kv: 'int8' keeps keys and values in a byte a number. queue: requests that may wait. chunks: of prompts between
+  two tokens. prefix_cache: keeps what prompts begin with. allowed: bool [vocab], the ids that may be drawn, None for
+  all.
   """
 
   def __init__(
@@ -57,7 +59,7 @@ class Engine:
     prefix_cache: bool = True,
     allowed: np.ndarray | None = None,
   ):
-    params = stack.apart(params)
+    self._place = placement.find(model)
     length = min(x for x in (length, model.card.length, 1 << 20) if x is not None)
     if min(rows, length, page, queue, chunks) < 1 or CHUNK % page:
       raise UserError(
@@ -65,13 +67,16 @@ class Engine:
       )
     if kv not in (None, 'int8'):
       raise UserError(f"kv={kv!r}: choose None (the model's type) or 'int8'")
-    if pages is None:
-      row, room = -(-length // page), memory * 2**30 / max(slot_bytes(model, params, kv), 1)
-      pages = max(row, min(rows * row, int(room) // page))
-    self.length = min(length, pages * page)
-    sizes = Sizes(rows, self.length, page, pages, kv)
     self._allowed = np.ones(model.card.vocab, bool) if allowed is None else np.asarray(allowed)
-    self._device = Device(model, params, sizes, self._allowed)
+    with self._place.entered():
+      params = self._place.put(model, stack.apart(params))
+      if pages is None:
+        row, room = -(-length // page), memory * 2**30 / max(slot_bytes(model, params, kv), 1)
+        pages = max(row, min(rows * row, int(room) // page))
+      self.length = min(length, pages * page)
+      sizes = Sizes(rows, self.length, page, pages, kv)
+      self._device = Device(model, params, sizes, self._allowed, self._place)
+      self._device.warm_up()
     self._vocab, self._table_rows = model.card.vocab, model.card.rows
     self._pages, self._rows, self._chunks = Pages(pages), rows, chunks
     self._most, self._cached = queue, prefix_cache and not self._device.recurrent
@@ -81,9 +86,8 @@ class Engine:
     self._wake, self._lock = threading.Event(), threading.Lock()
     self._closing, self._failed = False, None
     self._seconds = 1.0  # a request's time in the engine, averaged
-    self._device.warm_up()
     self._compiled = self._device.compilations
-    self._thread = threading.Thread(target=self._run, name='engine', daemon=True)
+    self._thread = threading.Thread(target=self._work, name='engine', daemon=True)
     self._thread.start()
 
   def __enter__(self) -> 'Engine':
@@ -191,6 +195,10 @@ class Engine:
 
   # --- the thread -------------------------------------------------------------------------------------
 
+  def _work(self) -> None:
+    with self._place.entered():
+      self._run()
+
   def _run(self) -> None:
     try:
       while not (self._closing and not self._active and not self._waiting):
@@ -199,8 +207,8 @@ class Engine:
         for _ in range(self._chunks):
           self._read()
         drawing = [one for one in self._active if not one.reading]
-        for first in range(0, len(drawing), BUCKETS[-1]):
-          self._step(drawing[first : first + BUCKETS[-1]])
+        for first in range(0, len(drawing), self._device.buckets[-1]):
+          self._step(drawing[first : first + self._device.buckets[-1]])
         if not self._active and not self._waiting:
           self._wake.wait(0.1)
           self._wake.clear()
@@ -268,7 +276,7 @@ class Engine:
     self._counts['forks_total'] += 1
     self._counts['prefix_hit_tokens_total'] += prompt
     if one.made == 0:
-      self._choose([one], np.stack([one.first] * BUCKETS[0]))
+      self._choose([one], np.stack([one.first] * self._device.buckets[0]))
 
   def _recall(self, one: Sequence) -> None:
     """Takes the chunks its prompt begins with from the cache, but never the last token's."""
@@ -342,7 +350,7 @@ class Engine:
       return
     one.first = np.asarray(x)[end - first - 1]
     if one.made == 0:
-      self._choose([one], np.stack([one.first] * BUCKETS[0]))
+      self._choose([one], np.stack([one.first] * self._device.buckets[0]))
 
   def _step(self, several: list[Sequence]) -> None:
     """Reads one token of each and draws the next, where it was not drawn before."""
@@ -353,7 +361,7 @@ class Engine:
     ]  # somebody's room may have cost another his
     if not ready:
       return
-    bucket = next(b for b in BUCKETS if b >= len(ready))
+    bucket = next(b for b in self._device.buckets if b >= len(ready))
     fill = lambda values, rest: np.array([*values, *[rest] * (bucket - len(ready))], dtype=np.int32)
     tokens = fill([one.tokens[one.read] for one in ready], 0)
     positions = fill([one.read for one in ready], 0)

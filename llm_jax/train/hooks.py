@@ -17,7 +17,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from llm_jax.core import mesh, weights
+from llm_jax.core import files, mesh, weights
 from llm_jax.core.errors import UserError
 from llm_jax.train import picture
 
@@ -173,9 +173,7 @@ def _append(path: str, step: int, text: str) -> None:
     with open(path, encoding='utf-8') as f:
       sections = re.split(r'^(?==== step \d+ of )', f.read(), flags=re.MULTILINE)
     before = ''.join(s for s in sections if s and int(s.split()[2]) < step)
-  with open(f'{path}.new', 'w', encoding='utf-8') as f:
-    f.write(before + text)
-  os.replace(f'{path}.new', path)
+  files.write(path, before + text)
 
 
 def profile(run: Run, *, start: int = 10, steps: int = 3) -> Hook:

@@ -19,12 +19,14 @@ def train(
   steps: int,
   key: jax.Array,
   hooks: Sequence[Hook] = (),
+  rescue: Hook | None = None,
 ) -> State:
   """Trains until `steps` updates have been made in all; returns the last state.
 
   source: state -> batch (this process's rows). update: see `step.make`. hooks: called as `hook(step, state, metrics)`
   after each update, and once before the first of a fresh run with step 0 and no metrics. A hook that returns a state
-  sends the loop back to it.
+  sends the loop back to it. rescue: called likewise when the source fails instead of giving the next batch, such as a
+  reward in its hundredth round; the state is that of the last step, whole, and the error goes on.
   """
   step = int(state.step)
   metrics: dict[str, Any] = {}
@@ -37,5 +39,11 @@ def train(
           break  # the other hooks are spared metrics of a step that was undone
     if step >= steps:
       return state
-    state, metrics = update(state, mesh.place(source(state)), key)
+    try:
+      batch = source(state)
+    except Exception:
+      if metrics and rescue is not None:
+        rescue(step, state, metrics)
+      raise
+    state, metrics = update(state, mesh.place(batch), key)
     step += 1

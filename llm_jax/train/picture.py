@@ -1,10 +1,11 @@
 """`loss.png`: training loss and held-out bits per byte, or accuracy on pairs, from a run's `metrics.jsonl`."""
 
-import json
 import os
 from typing import Any
 
 import numpy as np
+
+from llm_jax.core import files, metrics
 
 TRAIN, HELD_OUT = '#4878a8', '#c44e52'
 
@@ -13,20 +14,23 @@ def draw(workdir: str, *, name: str = 'heldout') -> str | None:
   """Writes `loss.png`; returns its path, or None when there are fewer than two points to draw.
 
   Above the training loss in nats per token, each line's average and a smoothed curve; below, where it was evaluated,
-  bits per byte of the text `name`, or the share of the pairs `name` in the right order beside that by chance. Both
-  against the tokens or pairs trained on.
+  bits per byte of the text `name`, the share of the pairs `name` in the right order beside that by chance, or the share
+  of its texts in the right class. Both against the tokens or pairs trained on.
   """
-  lines = read(os.path.join(workdir, 'metrics.jsonl'))
+  lines = files.lines(os.path.join(workdir, metrics.FILE))
   steps, loss = column(lines, 'loss')
   if len(steps) < 2:
     return None
   at, held = column(lines, f'{name}/bits_per_byte')
   of_loss, of_held, unit = 'nats per token', 'held-out text\n(bits per byte)', 'tokens'
-  pairs = not len(at)
-  if pairs:
+  classes = len(column(lines, f'{name}/label_nll')[0])
+  pairs = not len(at) and not classes
+  if not len(at):
     at, held = column(lines, f'{name}/accuracy')
-    if len(at):
-      of_loss, of_held, unit = 'per pair', 'held-out pairs\n(accuracy)', 'pairs'
+  if classes:
+    of_loss, of_held = 'per text', 'held-out texts\n(accuracy)'
+  elif pairs and len(at):
+    of_loss, of_held, unit = 'per pair', 'held-out pairs\n(accuracy)', 'pairs'
   tokens = column(lines, 'tokens')
   panels = _panels(2 if len(at) else 1)
   x = np.interp(steps, *tokens)
@@ -42,17 +46,9 @@ def draw(workdir: str, *, name: str = 'heldout') -> str | None:
     _label(panels[1], of_held, np.append(held, chance), x[-1], held[-1], HELD_OUT)
   panels[-1].set_xlabel(unit)
   path = os.path.join(workdir, 'loss.png')
-  panels[0].figure.savefig(f'{path}.new', format='png')
-  os.replace(f'{path}.new', path)
+  with files.whole(path, 'wb') as f:
+    panels[0].figure.savefig(f, format='png')
   return path
-
-
-def read(path: str) -> list[dict[str, Any]]:
-  """The lines of a `metrics.jsonl`; none if there is no file."""
-  if not os.path.exists(path):
-    return []
-  with open(path, encoding='utf-8') as f:
-    return [json.loads(line) for line in f if line.endswith('\n')]
 
 
 def column(lines: list[dict[str, Any]], name: str) -> tuple[np.ndarray, np.ndarray]:

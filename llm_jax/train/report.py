@@ -1,11 +1,13 @@
 """What a run tells a person: where it writes, and at the end what came out and what to try next."""
 
-import json
+import contextlib
 import os
+from collections.abc import Callable
 from typing import Any
 
 import jax
 
+from llm_jax.core import files, metrics
 from llm_jax.core.errors import UserError
 
 
@@ -31,21 +33,35 @@ def open_workdir(workdir: str | None) -> str:
 def record(workdir: str, config_json: str, vocab: Any) -> None:
   """Writes the config and the vocabulary beside the checkpoints, so that the workdir is all that `generate` needs."""
   if jax.process_index() == 0:
-    target = os.path.join(workdir, 'config.json')
-    with open(f'{target}.new', 'w', encoding='utf-8') as f:
-      f.write(config_json)
-    os.replace(f'{target}.new', target)
+    files.write(os.path.join(workdir, 'config.json'), config_json)
     vocab.save(os.path.join(workdir, 'vocab'))
+
+
+def rescue(run: Any) -> Callable:
+  """What `loop.train` calls when a source fails: saves the state and says where the run goes on.
+
+  With several processes nothing is saved, because a checkpoint is written by all and only one of them may have failed.
+  """
+
+  def save(step: int, state: Any, metrics: Any) -> None:
+    if jax.process_count() > 1:
+      return
+    with contextlib.suppress(UserError):  # the error on its way is the one to show
+      run.saver.save(step, state, metrics)
+      run.saver.wait()
+      saved = run.saver.steps()
+      if saved:
+        run.writer.say(
+          f'The data failed after step {step}; the same command goes on from step {saved[-1]}.'
+        )
+
+  return save
 
 
 def last_value(workdir: str, name: str) -> float | None:
   """The newest value of a metric in `metrics.jsonl`, None when it was never written."""
-  path, value = os.path.join(workdir, 'metrics.jsonl'), None
-  if os.path.exists(path):
-    with open(path, encoding='utf-8') as f:
-      for line in f:
-        value = json.loads(line).get(name, value)
-  return value
+  found = files.lines(os.path.join(workdir, metrics.FILE))
+  return next((line[name] for line in reversed(found) if name in line), None)
 
 
 def finish(run: Any, state: Any) -> int:
@@ -63,10 +79,13 @@ def summary(workdir: str, step: int, steps: int) -> str:
   here = os.path.relpath(workdir) if not os.path.relpath(workdir).startswith('..') else workdir
   bits, loss = last_value(workdir, 'heldout/bits_per_byte'), last_value(workdir, 'loss')
   right, earned = last_value(workdir, 'heldout/accuracy'), last_value(workdir, 'heldout/reward')
+  classes = last_value(workdir, 'heldout/label_nll') is not None
   unit = '' if last_value(workdir, 'nats') is None else ' nats per token'
   result = '' if loss is None else f'training loss: {loss:.4f}{unit}'
   if bits is not None:
     result = f'held-out text: {bits:.3f} bits per byte'
+  elif classes:
+    result = f'held-out texts: {100 * right:.1f} % in the right class'
   elif right is not None:
     result = f'held-out pairs: {100 * right:.1f} % in the right order'
   elif earned is not None:
@@ -81,8 +100,9 @@ def summary(workdir: str, step: int, steps: int) -> str:
     'config.json': 'the config this run used',
   }
   there = {n: what for n, what in places.items() if os.path.exists(os.path.join(workdir, n))}
+  write = {f'llm-jax generate --workdir={here} --prompt="ROMEO:"': 'let it write'}
   commands = {
-    f'llm-jax generate --workdir={here} --prompt="ROMEO:"': 'let it write',
+    **({} if classes else write),
     f'llm-jax train --config={here}/config.json --config.seed=1 --workdir={here}-seed1': 'again, another seed',
     'llm-jax train --config=configs/pretrain/ul2.py --workdir=runs/ul2': 'another objective',
   }

@@ -3,9 +3,11 @@
 import json
 import os
 
+import numpy as np
 import pytest
 
 from llm_jax.data import vocab
+from llm_jax.train import folders
 from tests.cli import killed
 from tests.cli.test_train import assert_one_line, refuse
 from tests.model.test_scalar import make
@@ -17,6 +19,7 @@ DPO = os.path.join(os.path.dirname(os.path.dirname(HERE)), 'configs/align/dpo.py
 GRPO = f'{killed.__file__}:kind=grpo'
 LONG = 'long ' * 50
 NAN = float('nan')
+ROUNDS = []
 
 
 def words(where):
@@ -90,6 +93,24 @@ def test_one_line_with_file_and_line(name, tmp_path, capfd):
   assert_one_line(err, message.format(path=path))
   assert_one_line(err, f'{path}:{line}')
   assert not (tmp_path / 'run/metrics.jsonl').exists(), 'nothing was learned'
+
+
+def seldom_nan(prompts, answers, told, *, rounds):
+  """Not a number in the round after `rounds` others."""
+  ROUNDS.append(len(answers))
+  return np.full(len(answers), NAN if len(ROUNDS) > rounds else len(ROUNDS) % 2)
+
+
+def test_a_reward_that_is_nan_in_a_later_round_is_told_and_nothing_is_lost(tmp_path, capfd):
+  reward = '--config.source.reward'
+  ROUNDS.clear()
+  err = refuse(
+    capfd, tmp_path / 'run', f'{reward}=tests.cli.test_bad_data:seldom_nan', f'{reward}.rounds=3', config=GRPO
+  )  # fmt: skip
+  assert_one_line(err, 'reward gives nan for the prompt')
+  assert folders.steps(str(tmp_path / 'run/checkpoints')) == [2, 3], (
+    'every second step, and the last'
+  )
 
 
 @pytest.fixture

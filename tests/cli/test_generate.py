@@ -164,8 +164,27 @@ def test_what_the_command_line_sets_goes_over_a_preset_of_beams(call, monkeypatc
   call('--preset=survey', '--temperature=0', '--groups=2', '--diversity=0.5')
   assert seen['length_penalty'](3) == 3 and (seen['groups'], seen['diversity']) == (2, 0.5)
   assert seen['max_new'] == 512 and seen['early_stopping'] is False
+  assert 'temperature' not in seen
   call('--preset=gpt3_beam', '--beams=8', '--max_new=5')
   assert (seen['beams'], seen['max_new']) == (8, 5) and seen['length_penalty'](7) == 2**0.6
+
+
+def test_beams_are_drawn_where_something_to_draw_with_is_named(call, monkeypatch):
+  heard = []
+  take = lambda *given, n, **told: heard.append((len(given), told)) or ['x'] * n
+  monkeypatch.setattr(beam, 'text', take)
+  named = 'temperature', 'top_p', 'top_k'
+  for flags, wanted in [
+    (['--preset=survey'], (0.1, 0.75, 40)),
+    (['--preset=survey', '--top_p=0.5'], (0.1, 0.5, 40)),
+    (['--beams=2', '--top_k=3'], (0.8, 1.0, 3)),
+    (['--preset=t5_beam', '--temperature=0.3'], (0.3, None, None)),
+    (['--beams=2', '--preset=alpaca'], (0.7, 0.9, 50)),
+  ]:
+    heard.clear()
+    call(*flags)
+    ((given, told),) = heard
+    assert given == 5 and tuple(told.get(n) for n in named) == wanted  # the fifth is the key
 
 
 def test_explain_prints_a_table_for_every_token(call):
@@ -219,10 +238,9 @@ BAD = {
   'an unknown length penalty': (('--beams=2', '--length_penalty=gmnt:1'), "did you mean 'gnmt'"),
   'a length penalty of words': (('--beams=2', '--length_penalty=gnmt:a'), "'a' is no number"),
   'a number for none': (('--beams=2', '--length_penalty=none:1'), 'none takes no number'),
-  'beams that draw': (('--beams=2', '--top_k=3'), 'leave out top_k'),
-  'beams with the settings of a sampler': (
-    ('--beams=2', '--preset=alpaca'),
-    'leave out temperature',
+  'beams that draw without a temperature': (
+    ('--beams=2', '--top_k=3', '--temperature=0'),
+    'leave out top_k',
   ),
   'beams explained': (('--beams=2', '--explain'), 'leave out explain'),
   'a conversation explained': (('--chat', '--explain'), 'leave out --chat'),

@@ -47,11 +47,11 @@ def write(folder, kind):
 
 @pytest.fixture
 def engines(monkeypatch):
-  """(model, sizes) of the engines that were made."""
+  """(model, params, sizes) of the engines that were made."""
   made = []
 
   def engine(model, params, **sizes):
-    made.append((model, sizes))
+    made.append((model, params, sizes))
     return fake.Engine(fake.words(None))
 
   monkeypatch.setattr(llm_jax.serve, 'engine', types.SimpleNamespace(Engine=engine), raising=False)
@@ -87,7 +87,7 @@ def test_it_serves_a_run_until_it_is_told_to_end(tmp_path, engines, monkeypatch,
   done[0].state.server.handle_exit(15, None)
   thread.join(60)
   assert done[1] == 0
-  ((model, sizes),) = engines
+  ((model, _, sizes),) = engines
   assert model.card.vocab == 262
   allowed = sizes.pop('allowed')
   assert not allowed[0] and allowed[1:259].all()  # padding is never drawn
@@ -100,6 +100,25 @@ def test_a_model_that_the_engine_does_not_take(tmp_path, engines, capfd):
   folder = write(tmp_path / 'tiny', transformer.prefix)
   assert main.main(['serve', f'--workdir={folder}', '--port=0']) == 2
   assert 'this one is prefix: use llm-jax generate' in capfd.readouterr().err
+
+
+def test_a_mesh_splits_what_is_loaded_and_a_wrong_one_is_refused(
+  tmp_path, engines, monkeypatch, capfd
+):
+  folder = write(tmp_path / 'tiny', transformer.causal)
+  monkeypatch.setattr(server, 'run', lambda *_, **__: None)
+  for flag, words in {
+    'tensor=4': 'heads (2 does not divide by tensor=4)',
+    'data=2,tensor=2': 'over the mesh axis tensor and nothing else, got data=2, tensor=2',
+    'tensor=99': 'needs 99 devices, this machine has 8',
+    'tensr=2': "no mesh axis 'tensr'; did you mean 'tensor'?",
+  }.items():
+    assert main.main(['serve', f'--workdir={folder}', '--port=0', f'--mesh={flag}']) == 2
+    assert words in capfd.readouterr().err and not engines
+  assert main.main(['serve', f'--workdir={folder}', '--port=0', '--mesh=tensor=2']) == 0
+  ((_, params, _),) = engines
+  table = params['embedding']['table']
+  assert table.sharding.shard_shape(table.shape) == (table.shape[0] // 2, 8)
 
 
 def test_ctrl_c_before_it_answers(monkeypatch):

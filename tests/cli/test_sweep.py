@@ -6,7 +6,7 @@ import pytest
 
 from llm_jax.cli import main
 from llm_jax.core.errors import UserError
-from llm_jax.scaling import sweep
+from llm_jax.scaling import sweep, workers
 from tests.cli import tiny_sweep
 
 CONFIG = tiny_sweep.__file__
@@ -43,6 +43,20 @@ def test_two_workers_one_killed_and_a_cell_that_fails(tmp_path, capfd):
   assert main.main([*told, '--index=1']) == 1
   assert main.main([*told, '--index=1', '--retry']) == 1
   assert '1 failed cells are tried again' in capfd.readouterr().out
+
+
+def test_a_worker_that_is_stopped_before_its_last_row_is_in_the_table(tmp_path, monkeypatch):
+  def run(folder, cells, command, *, count):
+    for i, cell in enumerate(cells):
+      where = tmp_path / 'cells' / cell.name
+      where.mkdir(parents=True)
+      row = dict(cell=cell.name, config=cell.arguments, flops=i)
+      (where / 'result.json').write_text(json.dumps(row))
+    return {}
+
+  monkeypatch.setattr(workers, 'run', run)
+  assert main.main(command(tmp_path)) == 0
+  assert rows(tmp_path) == [0, 1]
 
 
 def test_what_is_wrong_is_said_in_a_line(tmp_path, capsys):

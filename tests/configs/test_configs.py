@@ -2,6 +2,7 @@
 
 import ast
 import functools
+import math
 import pathlib
 import re
 import shlex
@@ -11,16 +12,19 @@ import ml_collections
 import numpy as np
 import pytest
 
+from configs.scaling import architectures
 from llm_jax.cli import flags
 from llm_jax.core import config as config_lib
 from llm_jax.core import mesh, tree
 from llm_jax.core.config import build
 from llm_jax.core.errors import UserError
 from llm_jax.data import batch as batch_lib
-from llm_jax.model import count, scalar
+from llm_jax.model import count, scalar, stack
 from llm_jax.rl import rollout
+from llm_jax.scaling import sweep
 from llm_jax.train import state as state_lib
 from llm_jax.train import step as step_lib
+from tests.variants import variants
 
 ROOT = pathlib.Path(__file__).resolve().parents[2]
 EVERY_FILE = sorted(
@@ -135,7 +139,8 @@ def test_state_and_optimizer_divide_over_eight_devices(file, text):
   c, model = read(file, text), model_of(file, text)
   with jax.set_mesh(mesh.make(**c.mesh)), mesh.rules(**c.axes):
     layout = state_lib.layout(model, build(c.optimizer)(model.axes), c.trainable)
-    mesh.check_batch(inner(c).batch, c.microbatches)
+    if inner(c).batch >= jax.device_count():  # a command that makes it smaller is for one device
+      mesh.check_batch(inner(c).batch, c.microbatches)
     if c.mesh.fsdp == -1:  # what is too large for one device is split over all
       shapes = jax.eval_shape(model.init, jax.random.key(0))
       one = jax.tree.map(
@@ -160,7 +165,8 @@ def example(c, model):
   sides = dict(pairs=('chosen', 'rejected'), rankings=('answer0', 'answer1'))
   numbers = {name: np.zeros(rows, np.float32) for name in ('ref_logp', 'kl')}
   told = numbers | dict(desirable=np.zeros(rows, bool), ref_ids=np.zeros((rows, length, 3), int))
-  told |= dict(ref_top=np.zeros((rows, length, 3), np.float32))
+  told |= dict(ref_top=np.zeros((rows, length, 3), np.float32), types=text['inputs'])
+  told |= dict(label=np.zeros(rows, np.int32), at=np.zeros(rows, np.int32))
   if names := sides.get(source.fn.rpartition(':')[2]):
     return {f'{side}/{k}': v for side in names for k, v in (text | numbers).items()}
   return text | told
@@ -297,3 +303,48 @@ def test_the_cells_of_a_budget_spend_it():
   assert abs(count.total(build(c.model)().card) / 1e6 - 1) < 0.1
   assert c.source.batch % 3 == 0 and c.mesh.data == 3
   assert abs(c.steps * c.source.batch * c.source.length / 2e7 - 1) < 1e-3
+
+
+@pytest.mark.parametrize(
+  'kind', variants(('causal', 'prefix', 'encoder_decoder'), ('encoder_decoder',))
+)
+def test_a_cell_of_each_architecture_spends_its_budget_and_trains(kind):
+  file = f'{ROOT}/configs/scaling/architectures.py:kinds={kind},budget=2e9,budgets=1,sizes=2'
+  cells = flags.read_sweep([f'--config={file}']).cells
+  for cell in cells:
+    model, c = build(cell.recipe.model)(), cell.recipe
+    assert model.card.kind == kind
+    shapes = jax.eval_shape(model.init, jax.random.key(0))
+    assert tree.count(shapes) == count.total(model.card)
+    each = sweep.flops(cell) / c.steps
+    assert abs(sweep.flops(cell) - 2e9) <= each / 2
+  told = cells[0].recipe
+  with jax.set_mesh(mesh.make(data=1)), mesh.rules(**told.axes):
+    model = build(told.model)()
+    source = build(told.source)(model)
+    update = step_lib.make(
+      functools.partial(build(told.objective), model), build(told.optimizer)(model.axes)
+    )
+    state = state_lib.create(model, build(told.optimizer)(model.axes), 0)
+    losses = []
+    for _ in range(3):
+      state, metrics = update(state, source(), jax.random.key(0))
+      losses.append(float(metrics['loss']))
+    source.close()
+  assert all(abs(loss - math.log(264)) < 3 for loss in losses) and 0 < metrics['weight'] < 8 * 128
+
+
+@pytest.mark.parametrize('kind', architectures.KINDS)
+def test_flops_of_an_architecture_are_what_xla_counts(kind):
+  told = architectures.model(kind, 256, 2)
+  told.runner = config_lib.use(stack.loop)
+  model, length = build(told)(), 64
+  shapes = jax.eval_shape(model.init, jax.random.key(0))
+  batch = {'inputs': jax.ShapeDtypeStruct((1, length), np.int32)}
+  if kind == 'encoder_decoder':
+    batch['encoder/inputs'] = batch['inputs']
+  forward = jax.jit(lambda params, batch: model.logits(params, model.hidden(params, batch).x))
+  xla = forward.lower(shapes, batch).cost_analysis()['flops']
+  encoder = length if kind == 'encoder_decoder' else 0
+  ours = sum(count.forward_flops(model.card, length, encoder, seen=1.0).values())
+  assert ours <= xla <= 1.05 * ours

@@ -39,7 +39,7 @@ def test_make_may_use_the_first_devices_only():
   [
     (
       dict(data=16),
-      'data=16 needs 16 devices, this machine has 8: lower a size, set --config.mesh.data=-1',
+      'data=16 needs 16 devices, this machine has 8: lower a size, set data=-1',
     ),
     (dict(data=4, tensor=4), 'data=4 x tensor=4 needs 16 devices'),
     (dict(data=-1, tensor=3), '8 devices do not divide by 3.*product divides 8'),

@@ -1,5 +1,6 @@
 """Sources of pairs, rankings, single answers and prompts: what lies in the rows, and that they come back the same."""
 
+import functools
 import json
 
 import numpy as np
@@ -56,6 +57,18 @@ def test_both_sides_of_a_pair_lie_in_one_row(path):
       assert part['inputs'][0] == 0 and (part['inputs'][1:n] == part['targets'][: n - 1]).all()
       assert part['targets'][n - 1] == words().eos and part['weights'][n - 1] == 1
       assert (part['positions'][:n] == np.arange(n)).all() and not part['targets'][n:].any()
+
+
+def test_sources_say_how_many_texts_a_row_holds(path):
+  told = dict(data=data(path), batch=4, length=240)
+  made = pairs.pairs, functools.partial(pairs.rankings, answers=3), pairs.unpaired, pairs.prompts
+  for make, texts in zip(made, (2, 3, 1, 1), strict=True):
+    source = make(model(), **told)
+    assert source.texts == texts
+    batch = source()
+    source.close()
+    slots = sum(x.size for name, x in batch.items() if name.split('/')[-1] in ('inputs', 'prompts'))
+    assert slots == texts * 4 * 240
 
 
 def test_trimmed_batches_lose_padding_alone(path):

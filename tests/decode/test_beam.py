@@ -1,5 +1,6 @@
 """Beam search against the enumeration of all answers and against a search written out in numpy."""
 
+import collections
 import functools
 import itertools
 
@@ -7,6 +8,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from scipy import stats
 
 from llm_jax.core import mesh
 from llm_jax.core.errors import UserError
@@ -294,6 +296,131 @@ def test_compiled_once_per_shape_whatever_the_penalty():
   before = beam._search._cache_size()
   run(length_penalty=functools.partial(beam.gnmt, alpha=0.9), diversity=0.0)
   assert beam._search._cache_size() == before
+
+
+def outcomes(kind: str, row: int, beams: int, max_new: int, sampling: dict) -> dict[tuple, float]:
+  """The probability of each (best answer, ...) of beam sampling, by following every order of draws.
+
+  As transformers' `_beam_search` with do_sample: log-probabilities over the temperature, all but the two likeliest
+  tokens subject to truncation, twice the beams drawn one by one without replacement, of which the first half may end.
+  """
+  logp = collections.defaultdict(lambda: np.zeros(VOCAB))
+  whole = np.array(list(itertools.product(range(VOCAB), repeat=max_new)), np.int32)
+  for answer, own in zip(whole.tolist(), full(kind, row, whole), strict=True):
+    for n in range(max_new):
+      logp[tuple(answer[:n])][answer[n]] = own[n]
+
+  def worth(prefix: tuple) -> np.ndarray:
+    x = logp[prefix] / sampling.get('temperature', 1.0)
+    order = np.argsort(-x)
+    p = np.exp(x[order]) / np.exp(x).sum()
+    keep = np.arange(VOCAB) < sampling.get('top_k', VOCAB)
+    p = np.where(keep, p, 0) / p[keep].sum()
+    keep &= np.cumsum(p) - p < sampling.get('top_p', 1.0)
+    keep[:2] = True
+    out = np.full(VOCAB, -np.inf)
+    out[order[keep]] = x[order[keep]]
+    return out
+
+  def orders(weights: dict, n: int):
+    """(drawn, probability) of every order of n draws."""
+    if not n or not weights:
+      yield (), 1.0
+      return
+    total = sum(weights.values())
+    for one, w in weights.items():
+      rest = {k: v for k, v in weights.items() if k is not one}
+      for drawn, p in orders(rest, n - 1):
+        yield (one, *drawn), p * w / total
+
+  states = {((((), 0.0),), ()): 1.0}  # live beams and pool, best first
+  found: dict[tuple, float] = {}
+  for length in range(1, max_new + 1):
+    after: dict[tuple, float] = {}
+    for (live, pool), mass in states.items():
+      scores = {}
+      for tokens, score in live:
+        own = worth(tokens)
+        scores |= {(*tokens, v): score + own[v] for v in range(VOCAB) if own[v] > -np.inf}
+      top = max(scores.values())
+      for drawn, p in orders({t: np.exp(s - top) for t, s in scores.items()}, 2 * beams):
+        ends = [t for t in drawn[:beams] if t[-1] == EOS or length == max_new]
+        ended = sorted([*pool, *((t, scores[t] / length) for t in ends)], key=lambda a: -a[1])
+        going = [(t, scores[t]) for t in drawn if t[-1] != EOS and length < max_new]
+        going, ended = sorted(going, key=lambda a: -a[1])[:beams], tuple(ended[:beams])
+        full_ = len(ended) == beams and (not going or going[0][1] / length <= ended[-1][1])
+        if full_ or not going:
+          told = tuple(t for t, _ in ended)
+          found[told] = found.get(told, 0.0) + mass * p
+        else:
+          state = tuple(going), ended
+          after[state] = after.get(state, 0.0) + mass * p
+    states = after
+  return found
+
+
+CHOSEN = {
+  'warm': dict(temperature=1.7),
+  'truncated': dict(temperature=0.8, top_k=4, top_p=0.7),
+}
+
+
+@pytest.mark.parametrize(
+  ('draws', 'name'),
+  variants([(1000, 'truncated'), (20_000, 'warm'), (20_000, 'truncated')], [(1000, 'truncated')]),
+)
+def test_beam_sampling_has_the_enumerated_distribution(draws, name):
+  """By a chi-square test at 1e-3."""
+  model, params = make('causal')
+  prompts, lengths = np.repeat(PROMPTS[:1], draws, axis=0), np.repeat(LENGTHS[:1], draws)
+  settings = dict(beams=2, max_new=2, eos=EOS, **CHOSEN[name])
+  out = beam.sample(model, params, prompts, lengths, jax.random.key(7), **settings)
+  tokens, ends = np.asarray(out.tokens), np.asarray(out.lengths)
+  drawn = collections.Counter(
+    tuple(tuple(t[:n]) for t, n in zip(row.tolist(), end.tolist(), strict=True) if n)
+    for row, end in zip(tokens, ends, strict=True)
+  )
+  chances = outcomes('causal', 0, 2, 2, CHOSEN[name])
+  assert sum(chances.values()) == pytest.approx(1) and drawn.keys() <= chances.keys()
+  assert pvalue(drawn, chances) > 1e-3
+  warmer = CHOSEN[name] | dict(temperature=CHOSEN[name]['temperature'] * 1.3)
+  assert pvalue(drawn, outcomes('causal', 0, 2, 2, warmer)) < 1e-3  # the test would notice
+
+
+def pvalue(drawn: collections.Counter, chances: dict) -> float:
+  """Of Pearson's chi-square; what is expected less than five times counts as one outcome."""
+  draws = drawn.total()
+  often = [k for k, p in chances.items() if p * draws >= 5]
+  assert len(often) > 5
+  seen, wanted = (np.array([x[k] for k in often], float) for x in (drawn, chances))
+  wanted *= draws
+  seen, wanted = np.append(seen, draws - seen.sum()), np.append(wanted, draws - wanted.sum())
+  kept = wanted > 1e-6 * draws
+  return stats.chisquare(seen[kept], wanted[kept] * seen[kept].sum() / draws).pvalue
+
+
+def test_beam_sampling_at_a_low_temperature_is_the_search():
+  """Its scores are over the temperature."""
+  model, params = make('causal')
+  settings = dict(beams=3, max_new=5, eos=EOS, no_repeat_ngram=2)
+  out = beam.search(model, params, PROMPTS, LENGTHS, **settings)
+  cold = beam.sample(model, params, PROMPTS, LENGTHS, KEY, temperature=1e-4, **settings)
+  assert cold.tokens.tolist() == out.tokens.tolist()
+  np.testing.assert_allclose(cold.scores * 1e-4, out.scores, rtol=1e-5)
+  np.testing.assert_allclose(cold.logp, out.logp, atol=1e-5)
+
+
+def test_beams_of_a_row_are_drawn_with_its_key():
+  model, params = make('causal')
+  run = lambda rows, key: beam.sample(
+    model, params, PROMPTS[rows], LENGTHS[rows], key, beams=3, max_new=6, eos=EOS
+  )
+  several, again = run(slice(0, 3), KEY), run(slice(0, 3), jax.random.key(5))
+  alone = run(slice(0, 1), KEY)
+  assert several.tokens[0].tolist() == alone.tokens[0].tolist()
+  assert several.tokens.tolist() != again.tokens.tolist()
+  with pytest.raises(UserError, match='above 0'):
+    beam.sample(model, params, PROMPTS, LENGTHS, KEY, temperature=0.0)
 
 
 def test_text_gives_the_best_of_each_prompt():

@@ -44,6 +44,7 @@ STEPS, RATE, EPS = 3, 1e-2, 1e-3
 # folder: (name of the config's class, its arguments)
 MODELS = {
   'gpt2': ('GPT2Config', GPT | NO_DROPOUT),
+  'gpt1': ('OpenAIGPTConfig', GPT | NO_DROPOUT),
   'gpt_bigcode': ('GPTBigCodeConfig', GPT | NO_DROPOUT | dict(multi_query=True)),
   'llama': ('LlamaConfig', LLAMA),
   'llama_tied': ('LlamaConfig', LLAMA | dict(tie_word_embeddings=True, rope_theta=500.0, head_dim=6)),
@@ -132,6 +133,13 @@ MODELS = {
       dropout=0.0,
     ),
   ),
+  'bert': (
+    'BertConfig',
+    dict(
+      vocab_size=24, hidden_size=16, num_hidden_layers=2, num_attention_heads=4, intermediate_size=24,
+      max_position_embeddings=32, hidden_dropout_prob=0.0, attention_probs_dropout_prob=0.0,
+    ),
+  ),
   't5': ('T5Config', T5),
   't5_gated': (
     'T5Config',
@@ -187,6 +195,8 @@ def write(folder: str, config: str, arguments: dict) -> None:
   if getattr(told, 'is_encoder_decoder', False):
     told.tie_encoder_decoder = False
     model = transformers.AutoModelForSeq2SeqLM.from_config(told, attn_implementation='eager')
+  elif told.model_type == 'bert':
+    model = transformers.BertForPreTraining._from_config(told, attn_implementation='eager')
   else:
     model = transformers.AutoModelForCausalLM.from_config(told, attn_implementation='eager')
   model.set_input_embeddings(
@@ -203,10 +213,14 @@ def write(folder: str, config: str, arguments: dict) -> None:
   if told.is_encoder_decoder:
     inputs = dict(input_ids=encoder, decoder_input_ids=ids)
   expected = dict(ids=ids, targets=targets, encoder=encoder)
+  if told.model_type == 'bert':  # two sentences, the second begins elsewhere in each row
+    expected['types'] = (torch.arange(10) >= torch.tensor([[4], [7]])).long()
+    inputs['token_type_ids'] = expected['types']
   tx = torch.optim.AdamW(model.parameters(), lr=RATE, betas=(0.9, 0.999), eps=EPS, weight_decay=0.0)
   losses = []
   for step in range(STEPS + 1):
-    logits = model(**inputs).logits
+    found = model(**inputs)
+    logits = found.prediction_logits if told.model_type == 'bert' else found.logits
     loss = torch.nn.functional.cross_entropy(logits.flatten(0, 1), targets.flatten())
     tx.zero_grad()
     loss.backward()
@@ -215,6 +229,8 @@ def write(folder: str, config: str, arguments: dict) -> None:
     losses.append(loss.detach())
     if step == 0:
       expected['logits'] = logits.detach().clone()
+      if told.model_type == 'bert':
+        expected['classes'] = found.seq_relationship_logits.detach().clone()
       expected |= {f'gradient/{name}': g for name, g in gradients(model).items()}
     tx.step()
   expected['losses'] = torch.stack(losses)

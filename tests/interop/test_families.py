@@ -18,10 +18,10 @@ import pytest
 from safetensors.numpy import load_file, save_file
 
 from llm_jax.core import mesh, tree
-from llm_jax.core.config import build
+from llm_jax.core.config import build, use
 from llm_jax.core.errors import UserError
 from llm_jax.interop import families, huggingface
-from llm_jax.model import count, stack
+from llm_jax.model import classes, count, stack
 from llm_jax.objectives import language
 from tests.interop.make_reference import EPS, MODELS, RATE, STEPS
 from tests.variants import variants
@@ -42,6 +42,7 @@ def loaded(name):
   batch = dict(inputs=expected['ids'], targets=expected['targets'])
   if model.card.kind == 'encoder_decoder':
     batch['encoder/inputs'] = expected['encoder']
+  batch |= {k: v for k, v in expected.items() if k == 'types'}
   return model, params, expected, {k: jnp.asarray(v, jnp.int32) for k, v in batch.items()}
 
 
@@ -64,6 +65,22 @@ def close(record_property):
 def test_logits_are_those_of_transformers(name, close):
   model, params, expected, batch = loaded(name)
   close(name, 'logits', model.logits(params, model.hidden(params, batch).x), expected['logits'])
+
+
+def test_what_bert_says_of_the_next_sentence_is_what_transformers_says(close):
+  model, params, expected, batch = loaded('bert')
+  found = classes.read(params, model.hidden(params, batch).x, jnp.zeros(2, jnp.int32))
+  close('bert', 'logits', found, expected['classes'])
+
+
+def test_names_of_older_checkpoints(tmp_path):
+  """Those that Google published for TensorFlow: gamma and beta for the scale and bias of a norm."""
+  folder, old = copied('bert', tmp_path), dict(weight='gamma', bias='beta')
+  rename = lambda n: '.'.join(old.get(p, p) if 'LayerNorm' in n else p for p in n.split('.'))
+  tensors = {rename(n): x for n, x in load_file(folder / 'model.safetensors').items()}
+  assert 'bert.embeddings.LayerNorm.gamma' in tensors
+  save_file(tensors, folder / 'model.safetensors')
+  jax.tree.map(np.testing.assert_array_equal, huggingface.load(str(folder))[1], loaded('bert')[1])
 
 
 @pytest.mark.parametrize('name', variants(MODELS, FEW))  # `make parity` runs them all
@@ -123,7 +140,11 @@ def test_parameters_are_counted(name):
 def test_unrolled_and_on_a_mesh(name):
   """The other runner, and the parameters split over tensor=2 x fsdp=2."""
   _, params, expected, batch = loaded(name)
-  model = build(huggingface.config(str(REFERENCE / name)))(runner=stack.loop)
+  told = inner = huggingface.config(str(REFERENCE / name))
+  while 'model' in inner:  # below the heads of an encoder
+    inner = inner.model
+  inner.runner = use(stack.loop)
+  model = build(told)()
   rules = mesh.ZERO3
   if any(
     path.endswith('mixer/key') and x.shape[-2] == 1 for path, x in tree.flatten(params).items()

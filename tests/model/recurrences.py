@@ -166,3 +166,26 @@ def hyena(m, p, x):
     y = y + p[f'skip_{n}'] * z
     z = convolved(p, f'gate_{n}_conv', x @ p[f'gate_{n}']) * y
   return z @ p['out']
+
+
+def lstm(m, p, x):
+  h = c = np.zeros(p['out'].shape[0])
+  ys = []
+  for row in x:
+    i, f, g, o = (
+      row @ p[n] + h @ p[f'{n}_hidden'] + p[f'{n}_bias']
+      for n in ('input', 'forget', 'cell', 'output')
+    )
+    c = sigmoid(f) * c + sigmoid(i) * np.tanh(g)
+    h = sigmoid(o) * np.tanh(c)
+    ys.append(h)
+  return np.stack(ys) @ p['out']
+
+
+def nplm(m, p, x):
+  ys = []
+  for t in range(len(x)):
+    near = [x[s] if s >= 0 else np.zeros(x.shape[1]) for s in range(t - m.window + 1, t + 1)]
+    near = np.concatenate(near)
+    ys.append(np.tanh(near @ p['up'] + p['up_bias']) @ p['down'] + near @ p['direct'])
+  return np.stack(ys)

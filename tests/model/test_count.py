@@ -25,7 +25,7 @@ from llm_jax.model import (
   stack,
   transformer,
 )
-from llm_jax.model.recurrent import mamba, mamba2, retnet, rwkv
+from llm_jax.model.recurrent import lstm, mamba, mamba2, nplm, retnet, rwkv
 
 part = functools.partial
 DAY = 24 * 3600
@@ -320,6 +320,9 @@ class Decayed(nn.Module):
     """Of the recurrent form."""
     return dict(s=jnp.zeros((batch, self.heads, self.head_dim, self.head_dim), jnp.float32))
 
+  def state_axes(self):
+    return dict(s=('batch', 'heads', 'head_dim', None))
+
 
 def mixed():
   """Two segments of unequal blocks: attention of two sizes, a mixture of experts, a mixer without keys."""
@@ -415,6 +418,8 @@ RECURRENT = {
   'rwkv': part(block.mixers, mixer=rwkv.TimeMix, channel=rwkv.ChannelMix),
   'mamba': part(block.mixers, mixer=mamba.Mamba),
   'mamba2': part(block.mixers, mixer=mamba2.Mamba2),
+  'lstm': part(block.mixers, mixer=part(lstm.LSTM, hidden=96), residual=norms.plain),
+  'nplm': part(block.mixers, mixer=nplm.NPLM, residual=norms.plain),
   'retnet': part(
     block.decoder, mixer=part(retnet.Retention, heads=4), ffn=part(ffn.Gated, hidden=96)
   ),

@@ -9,7 +9,7 @@ import pytest
 
 from llm_jax.model import ffn
 from llm_jax.model.attention import Context
-from llm_jax.model.dropout import dropout
+from llm_jax.model.dropout import dropout, ramp
 from llm_jax.model.masks import Mask
 
 Z = np.linspace(-4, 4, 41)
@@ -75,3 +75,9 @@ def test_dropout_rate_and_scale():
   assert set(np.unique(y)) == {0.0, np.float32(1 / 0.7)}
   assert abs((y == 0).mean() - 0.3) < 3 * math.sqrt(0.21 / x.size)
   assert dropout(x, 0.3, None) is x and dropout(x, 0.0, jax.random.key(0)) is x
+
+
+def test_the_ramp_of_lima():
+  """Residual dropout of 0 at the bottom and 0.3 at the top (arXiv:2305.11206, section 3)."""
+  np.testing.assert_allclose([ramp(i / 3) for i in range(4)], [0, 0.1, 0.2, 0.3])
+  np.testing.assert_allclose(ramp(np.array([0, 0.5, 1]), bottom=0.1, top=0.2), [0.1, 0.15, 0.2])

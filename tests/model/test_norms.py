@@ -50,6 +50,7 @@ def test_topologies_are_the_formulas_of_survey_table_6():
   norm = lambda name: lambda x: factors[name] * x
   sub, x = [('f', f), ('g', g)], 1.5
 
+  assert norms.plain(x, sub, norm) == g(f(x))
   h = x + f(2 * x)
   assert norms.pre(x, sub, norm) == h + g(5 * h)
   h = 2 * (x + f(x))

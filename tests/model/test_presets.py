@@ -110,7 +110,7 @@ def test_table_5_of_the_survey(name):
 PAIRS = {
   'gpt2': 'gpt2', 'opt_125m': 'opt', 'bloom_560m': 'bloom', 'pythia_70m': 'gpt_neox', 'gptj_6b': 'gptj',
   'codegen_16b': 'codegen', 'starcoder': 'gpt_bigcode', 'falcon_7b': 'falcon', 'llama_7b': 'llama',
-  't5_small': 't5', 't5_v1.1_small': 't5_gated', 'mt5_small': 'mt5',
+  'gpt1': 'gpt1', 'bert_base': 'bert', 't5_small': 't5', 't5_v1.1_small': 't5_gated', 'mt5_small': 'mt5',
 }  # fmt: skip
 SIZES = 'vocab embed layers encoder_layers heads groups head_dim hidden length'.split()
 

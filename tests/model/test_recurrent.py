@@ -10,7 +10,7 @@ import pytest
 
 from llm_jax.core import mesh, tree
 from llm_jax.decode import generate
-from llm_jax.model import attention, block, ffn, stack, transformer
+from llm_jax.model import attention, block, ffn, heads, init, norms, stack, transformer
 from llm_jax.model.attention import Context
 from llm_jax.model.masks import Mask
 from llm_jax.model.recurrent import (
@@ -19,8 +19,10 @@ from llm_jax.model.recurrent import (
   gss,
   h3,
   hyena,
+  lstm,
   mamba,
   mamba2,
+  nplm,
   retnet,
   rwkv,
   s4,
@@ -47,8 +49,13 @@ MIXERS = dict(
   h3=partial(h3.H3, pairs=3),
   gss=partial(gss.GatedStateSpace, hidden=24, narrow=8, pairs=3),
   hyena=partial(hyena.Hyena, length=16, width=8, bands=2),
+  lstm=partial(lstm.LSTM, hidden=24),
+  nplm=partial(nplm.NPLM, window=3, hidden=24),
 )
-EVERY = pytest.mark.parametrize('name', [name for name in MIXERS if name != 's4d_bilinear'])
+NAMES = [name for name in MIXERS if name != 's4d_bilinear']
+# what the others share with these is tested on these
+MOST = [name for name in NAMES if name not in ('lstm', 'nplm')]
+BLOCKS = [*NAMES, 'hybrid']
 
 
 @functools.cache
@@ -62,6 +69,9 @@ def model_of(name, **kw):
   elif name == 'rwkv':
     pattern = partial(block.mixers, mixer=MIXERS[name], channel=MIXERS['rwkv_channel'])
     layers = 2
+  elif name in ('lstm', 'nplm'):
+    pattern, layers = partial(block.mixers, mixer=MIXERS[name], residual=norms.plain), 2
+    kw = dict(norm=None, head=partial(heads.Untied, bias=True), init=init.palm) | kw
   elif name in ('mamba', 'mamba2', 'rwkv_channel'):
     pattern, layers = partial(block.mixers, mixer=MIXERS[name]), 2
   else:
@@ -116,12 +126,13 @@ def test_the_recurrence_of_the_paper_step_by_step(name):
   np.testing.assert_allclose(run(params, x), wanted, rtol=2e-4, atol=2e-5)
 
 
-@EVERY
+@pytest.mark.parametrize('name', variants(NAMES, MOST))
 def test_no_output_sees_a_later_token(name, ids):
   changed = ids.at[:, 7].set(ids[:, 7] % (VOCAB - 2) + 1)
   a, b = forward(name, dict(inputs=ids)), forward(name, dict(inputs=changed))
   np.testing.assert_allclose(a[:, :7], b[:, :7], atol=1e-5)  # the FFT rounds
-  reach = 9 if name == 'rwkv_channel' else LENGTH  # it looks one token back, twice
+  back = dict(rwkv_channel=1, nplm=2).get(name, LENGTH)  # these look so many tokens back, twice
+  reach = min(7 + 2 * back, LENGTH)
   assert np.abs(a[:, 7:reach] - b[:, 7:reach]).max(axis=(0, 2)).min() > 1e-4
 
 
@@ -131,7 +142,9 @@ def _step(name):
   return jax.jit(lambda p, b, s: model.hidden(p, b, states=s))
 
 
-@pytest.mark.parametrize('name', [*EVERY.args[1], 'hybrid'])
+@pytest.mark.parametrize(
+  'name', variants(BLOCKS, ['mamba', 'rwkv', 's4', 'hyena', 'lstm', 'nplm', 'hybrid'])
+)
 def test_a_state_is_the_whole_sequence(name, ids):
   """A prefill, then token by token, then several at once."""
   model, params, found = model_of(name), weights_of(name), []
@@ -144,7 +157,7 @@ def test_a_state_is_the_whole_sequence(name, ids):
   np.testing.assert_allclose(jnp.concatenate(found, 1), forward(name, dict(inputs=ids)), atol=1e-4)
 
 
-@pytest.mark.parametrize('name', [*EVERY.args[1], 'hybrid'])
+@pytest.mark.parametrize('name', variants(BLOCKS, ['mamba2', 'retention', 'h3', 'lstm', 'hybrid']))
 def test_packed_is_separate_and_padded_is_unpadded(name, ids):
   cuts = (
     0,
@@ -162,7 +175,7 @@ def test_packed_is_separate_and_padded_is_unpadded(name, ids):
     np.testing.assert_allclose(packed[:, start:stop], separate, atol=1e-4)
 
 
-@pytest.mark.parametrize('name', [*EVERY.args[1], 'hybrid'])
+@pytest.mark.parametrize('name', variants(BLOCKS, ['mamba2', 'rwkv', 'gss', 'lstm', 'hybrid']))
 def test_prompts_of_unequal_length_are_continued_as_if_alone(name, ids):
   model, params = model_of(name), weights_of(name)
   prompts, lengths = np.asarray(ids[:, :8]), np.array([3, 8])
@@ -175,14 +188,14 @@ def test_prompts_of_unequal_length_are_continued_as_if_alone(name, ids):
     np.testing.assert_allclose(both.logp[row], alone.logp[0], atol=1e-4)
 
 
-@EVERY
+@pytest.mark.parametrize('name', variants(NAMES, ['mamba', 'rwkv_channel', 'retention', 's4d']))
 def test_bfloat16_is_close(name, ids):
   whole = forward(name, dict(inputs=ids))
   half = forward(name, dict(inputs=ids), dtype='bfloat16')
   assert np.abs(half - whole).max() < 0.05 * np.abs(whole).max()
 
 
-@pytest.mark.parametrize('name', variants(EVERY.args[1], ['mamba2', 'rwkv', 's4']))
+@pytest.mark.parametrize('name', variants(NAMES, ['mamba2', 'rwkv', 's4']))
 def test_runners_and_gradients(name, ids):
   """Scan is the loop, and no gradient is lost or infinite, with packed documents too."""
   segments = jnp.asarray(np.repeat([[1, 2, 3, 0]], [2, 5, 4, 2], axis=1), jnp.int32)
@@ -201,7 +214,7 @@ def test_runners_and_gradients(name, ids):
     np.testing.assert_allclose(g, grads[1][path], atol=1e-5, err_msg=path)
 
 
-@EVERY
+@pytest.mark.parametrize('name', variants(NAMES, ['mamba', 'mamba2', 'rwkv', 'hyena']))
 def test_split_over_a_mesh(name, ids):
   """tensor=2 x fsdp=2 computes what one device does; every weight has names that the rules know."""
   model, params = model_of(name), weights_of(name)
@@ -254,6 +267,25 @@ def test_discretisation_is_scipys(rule, method):
   )
   np.testing.assert_allclose(decay, np.diag(a), atol=1e-5)
   np.testing.assert_allclose(scale, b[:, 0], atol=1e-5)
+
+
+def test_the_lstm_is_that_of_pytorch():
+  """torch.nn.LSTM(3, 4).double() of torch 2.13 with weights sin(1.7 n + shift), its last outputs and cells."""
+  fill = lambda shape, shift: np.sin(np.arange(np.prod(shape)) * 1.7 + shift).reshape(shape)
+  x, inward, hidden = fill((1, 5, 3), 2.0), fill((4, 4, 3), 0.0), fill((4, 4, 4), 0.5)
+  params = dict(out=np.eye(4)[:, :3])
+  for name, w, u, bias in zip(lstm.GATES, inward, hidden, fill((4, 4), 1.0)):
+    params |= {name: w.T, f'{name}_hidden': u.T, f'{name}_bias': bias}
+  mixer, ctx = lstm.LSTM(hidden=4), Context(Mask(True), jnp.arange(5)[None])
+  params, x = jax.tree.map(lambda a: jnp.asarray(a, jnp.float32), (params, x))
+  y, state = mixer.apply(dict(params=params), x, ctx, mixer.initial(1, 5, 3, jnp.float32))
+  np.testing.assert_allclose(y[0, 1], [0.1629996, 0.0392436, 0.0342776], atol=1e-6)
+  np.testing.assert_allclose(
+    state['h'], [[0.4507256, -0.4934394, -0.4121499, 0.1607001]], atol=1e-6
+  )
+  np.testing.assert_allclose(
+    state['c'], [[0.6623680, -1.0654624, -0.9588689, 0.2620003]], atol=1e-6
+  )
 
 
 def test_hippo_is_normal_less_rank_one():

@@ -9,7 +9,7 @@ import pytest
 
 from llm_jax.core import mesh, tree
 from llm_jax.core.errors import UserError
-from llm_jax.model import ffn, norms, stack, transformer
+from llm_jax.model import depth, dropout, ffn, norms, stack, transformer
 
 P = functools.partial
 
@@ -122,6 +122,20 @@ def test_each_layer_has_its_own_dropout_key(tiny, ids):
   sigma = (0.25 * 0.75 / x.size) ** 0.5
   for share, expected in ((first, 1 / 4), (second, 1 / 4), (first & second, 1 / 16)):
     assert abs(share.mean() - expected) < 4 * sigma
+
+
+def test_a_ramp_drops_more_in_higher_layers(tiny, ids):
+  """As much as it should: an entry passes a layer unchanged where both sublayers drop it, rate squared."""
+  rates = (0.0, 0.3, 0.6)
+  model = tiny.causal(layers=3, blocks=dict(dropout=P(dropout.ramp, top=0.6)), norm=None)
+  around, batch = depth.exits((0, 1, 2, 3)), dict(inputs=jnp.tile(ids, (8, 1)))
+  hidden = jax.jit(
+    lambda params, rng: model.hidden(params, batch, rng=rng, around=around).aux['around']
+  )
+  x = np.asarray(hidden(tiny.large(model), jax.random.key(1)))
+  for below, above, rate in zip(x, x[1:], rates):
+    share, sigma = rate**2, (rate**2 * (1 - rate**2) / x[0].size) ** 0.5
+    assert abs((below == above).mean() - share) <= 4 * sigma
 
 
 def test_topologies_in_a_block(tiny, ids):

@@ -162,10 +162,16 @@ def test_stable_alignment():
 
 def test_hindsight_instructions_are_told_apart():
   batch = pairs.batch('instruction0', 'instruction1', 'instruction2')
-  out = pairs.run(ranking.hindsight_instruction, batch, contrast=0.4)
+  out = pairs.run(ranking.hindsight_instruction, batch, contrast=0.4, entropy=0.2)
   p = np.stack([logp for logp, _ in pairs.totals(batch, *(f'instruction{i}' for i in range(3)))], 1)
   own = p[:, 0] - np.log(np.exp(p).sum(1))
-  np.testing.assert_allclose(out.sum, (-p[:, 0] - 0.4 * own).sum(), **CLOSE)
+  side = {
+    k.removeprefix('instruction0/'): v for k, v in batch.items() if k.startswith('instruction0/')
+  }
+  every = pairs.logp(side)[1]
+  spread = -(np.exp(every) * every).sum(-1) * side['weights']
+  np.testing.assert_allclose(out.metrics['entropy'], spread.sum(), **CLOSE)
+  np.testing.assert_allclose(out.sum, (-p[:, 0] - 0.4 * own).sum() - 0.2 * spread.sum(), **CLOSE)
 
 
 def quark_batch(k, seed=0):

@@ -25,7 +25,7 @@ from tests.objectives.pairs import text
 class Fixed:
   """A source of 5 batches, over and over; what it is asked is written down."""
 
-  batch, length, vocab = 8, 9, vocab.bytes_(extra_ids=0, modes=())
+  batch, length, texts, vocab = 8, 9, 2, vocab.bytes_(extra_ids=0, modes=())
 
   def __init__(self, sides=('chosen', 'rejected')):
     rng = np.random.default_rng(7)
@@ -76,6 +76,7 @@ def save(folder, model, seed, words=Fixed.vocab):
 def test_without_a_run_the_reference_is_the_beginning_of_this_one():
   model, inner = make(), Fixed()
   source = annotate.with_reference(model, source=lambda _: inner)
+  assert (source.batch, source.length, source.texts) == (8, 9, 2), 'what tokens/s are counted from'
   state = start(model)
   batch = source(state)
   for side in ('chosen', 'rejected'):

@@ -55,7 +55,8 @@ def test_principles_are_drawn_evenly_and_again_for_the_same_key():
   drawn = [[c.principles[0] for c in chain] for chain in chains]
   assert drawn[0] == drawn[1] != drawn[2]
   counts = [drawn[0].count(p) for p in constitutional.PRINCIPLES]
-  assert sum(counts) == n and all(abs(c - 100) < 3.5 * (n * 3 / 16) ** 0.5 for c in counts)
+  assert len(set(constitutional.PRINCIPLES)) == 16 and sum(counts) == n
+  assert all(abs(c - n / 16) < 3.5 * (n * 15 / 16**2) ** 0.5 for c in counts)
 
 
 def biased(prompts, first, second, principles):
@@ -82,11 +83,11 @@ def test_labels_are_soft_and_clamped():
 
   def by_principle(prompts, first, second, principles):
     seen.append(principles[0])
-    return np.full(1, constitutional.PRINCIPLES.index(principles[0]) / 4)
+    return np.full(1, constitutional.PRINCIPLES.index(principles[0]) / 16)
 
-  made = constitutional.label(by_principle, ['p'], ['a'], ['b'], KEY, ensemble=4)
+  made = constitutional.label(by_principle, ['p'], ['a'], ['b'], KEY, ensemble=16)
   assert set(seen) == set(constitutional.PRINCIPLES)  # each once
-  assert made[0] == dict(prompt='p', chosen='b', rejected='a', chance=1 - 1.5 / 4)
+  assert made[0] == dict(prompt='p', chosen='b', rejected='a', chance=1 - 7.5 / 16)
   with pytest.raises(UserError, match='must enclose 0.5'):
     constitutional.label(compare, ['p'], ['a'], ['b'], KEY, low=0.6)
 

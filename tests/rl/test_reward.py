@@ -15,6 +15,7 @@ from llm_jax.rl import reward, verify
 from llm_jax.train import checkpoint
 from llm_jax.train.state import State
 from tests.decode import kinds
+from tests.rl import toys
 
 PROMPTS, ANSWERS = ['p', 'q', 'r'], ['a', 'bb', 'ccc']
 TOLD = [dict(), dict(safety=True), dict(safety=False)]
@@ -168,3 +169,11 @@ def test_the_run_of_a_reward_model_and_the_vocabulary_of_the_policy(tmp_path):
   np.testing.assert_allclose(found, reward.of_model(made, params, WORDS)(TEXTS, TEXTS, [{}] * 4))
   with pytest.raises(UserError, match='the policy writes .* train it on the policy'):
     reward.learned(TEXTS, TEXTS, [{}] * 4, **told, policy_vocab=others)
+  part = functools.partial(reward.learned, **told)
+  mixed = functools.partial(reward.mean, parts=dict(one=part, two=constant([0])))
+  reward.prepare(functools.partial(reward.probability, reward=mixed))
+  mixed.keywords['parts']['one'] = functools.partial(part, policy_vocab=others)
+  with pytest.raises(UserError, match='the policy writes .* train it on the policy'):
+    reward.prepare(functools.partial(reward.probability, reward=mixed))
+  with pytest.raises(UserError, match='the policy writes .* train it on the policy'):
+    toys.make_source(reward=mixed)  # before any answer is written

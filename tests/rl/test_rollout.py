@@ -12,7 +12,7 @@ from llm_jax.core import mesh
 from llm_jax.core.errors import UserError
 from llm_jax.decode import score
 from llm_jax.rl import advantage, rollout, toy
-from llm_jax.train import checkpoint
+from llm_jax.train import checkpoint, hooks, report
 from llm_jax.train.state import State
 from tests.rl import toys
 
@@ -227,6 +227,41 @@ def test_a_reward_that_is_no_number_names_its_prompt():
   source = toys.make_source(reward=lambda p, a, t: np.zeros(3))
   with pytest.raises(UserError, match=r'a number for each of 64 answers, got \(3,\)'):
     source(toys.first())
+
+
+def failing(number, score=toy.gold):
+  """`score`, but not a number at all for the last answer of the `number`th round."""
+  calls = []
+
+  def scored(prompts, answers, told):
+    calls.append(1)
+    found = np.array(score(prompts, answers, told))
+    return (
+      np.where(np.arange(len(found)) + 1 < len(found), found, np.nan)
+      if len(calls) == number
+      else found
+    )
+
+  return scored
+
+
+@pytest.mark.parametrize('number', [1, 3])
+def test_a_reward_that_is_no_number_in_any_round_costs_nothing_that_was_learned(number, tmp_path):
+  """The run stops with the state saved; with the reward mended it ends where one that never failed ends."""
+  make = partial(toys.make_source, batch=32, round=64, epochs=1)
+  whole, _ = toys.train(make(), toys.first(), steps=6)
+
+  def run(source):
+    with checkpoint.Saver(str(tmp_path), every=100) as saver:
+      begin = saver.restore(toys.first(), source)
+      told = hooks.Run(toys.model(), source, saver, toys.Quiet(), str(tmp_path), 6)
+      return int(begin.step), toys.train(source, begin, steps=6, rescue=report.rescue(told))[0]
+
+  with pytest.raises(UserError, match=r"^reward gives nan for the prompt '[a-m]{2}' and the ans"):
+    run(make(reward=failing(number)))
+  first, last = run(make())
+  assert first == 4 * (number // 2), 'rounds of two steps'
+  jax.tree.map(np.testing.assert_array_equal, last.params, whole.params)
 
 
 def test_a_foreign_state_is_refused():

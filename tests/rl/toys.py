@@ -62,12 +62,25 @@ def world():
     yield
 
 
-def train(source, begin, method='grpo', rate=3e-3, steps=40, hooks=()):
+class Quiet:
+  """A writer that says nothing."""
+
+  def say(self, text):
+    pass
+
+
+def train(source, begin, method='grpo', rate=3e-3, steps=40, hooks=(), **more):
   """(last state, metrics of every step)."""
   seen = []
   keep = lambda step, state, metrics: seen.append(jax.device_get(metrics)) if metrics else None
   last = loop.train(
-    begin, source, update(method, rate)[0], steps=steps, key=jax.random.key(0), hooks=[*hooks, keep]
+    begin,
+    source,
+    update(method, rate)[0],
+    steps=steps,
+    key=jax.random.key(0),
+    hooks=[*hooks, keep],
+    **more,
   )
   return last, seen
 

@@ -254,10 +254,12 @@ def test_a_parabola_is_exact_for_a_parabola():
   assert found.parameters == pytest.approx(np.exp(15.1))
 
 
-def test_a_budget_without_a_lowest_point_is_refused():
-  c, n, d, loss = isoflops(TRUTH, np.array([1e19, 1e20]))
+def test_a_budget_without_a_lowest_point_is_left_out():
+  c, n, d, loss = isoflops(TRUTH, np.array([1e19, 1e20, 1e21]))
   low = n < laws.power(laws.frontier(TRUTH).parameters, c) * 0.8
-  with pytest.raises(UserError, match='1e\\+19 FLOP has no lowest loss'):
+  found, _ = fits.isoflop(*(x[low | (c > 1e19)] for x in (c, n, d, loss)))
+  assert [p.budget for p in found] == [1e20, 1e21]
+  with pytest.raises(UserError, match='fewer than two .* 1e\\+21 FLOP has no lowest loss'):
     fits.isoflop(c[low], n[low], d[low], loss[low])
   with pytest.raises(UserError, match='3 or more'):
     fits.isoflop(c, n, d, loss, nearest=2)

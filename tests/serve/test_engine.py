@@ -14,7 +14,7 @@ from llm_jax.decode.generate import generate
 from llm_jax.decode.logits import Sampling
 from llm_jax.model import attention, block, ffn, moe, positions, stack, transformer
 from llm_jax.model.recurrent import mamba
-from llm_jax.serve.device import slot_bytes
+from llm_jax.serve.device import buckets, slot_bytes
 from llm_jax.serve.engine import Engine
 from llm_jax.serve.requests import Full, Request
 from tests.variants import variants
@@ -107,6 +107,19 @@ def test_an_answer_depends_on_nobody_else_to_the_bit(engine):
     assert [found[request] for request in MIXED] == alone  # floats too
   before = engine.stats()['compilations_total']
   assert before == 0 and engine.stats()['blocks_used'] == 0
+
+
+@pytest.mark.parametrize(
+  ('widths', 'expected'),
+  [((64, 96), (8, 32)), ((128, 1024), (32,)), ((576, 511), (32,)), ((512, 4096), (8, 32))],
+)
+def test_steps_have_numbers_of_rows_for_which_sums_have_one_order(widths, expected):
+  assert buckets(*widths) == expected
+  total = jax.jit(lambda x: x.sum(-1))
+  for n in widths:
+    x = np.random.default_rng(n).normal(size=(32, 1, n)).astype(np.float32)
+    some = {rows: np.asarray(total(x[:rows]))[:8] for rows in expected}
+    assert all((found == some[32]).all() for found in some.values())
 
 
 def test_preempted_requests_go_on_as_if_nothing_had_been():

@@ -16,6 +16,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
+from llm_jax.core import files
 from llm_jax.core import metrics as metrics_lib
 from llm_jax.core.errors import UserError
 from llm_jax.core.metrics import Writer
@@ -91,7 +92,7 @@ def train(workdir, steps, *factories, source=None, every=5, keep=3, log=1):
 
 
 def lines(workdir):
-  read = picture.read(os.path.join(workdir, metrics_lib.FILE))
+  read = files.lines(os.path.join(workdir, metrics_lib.FILE))
   return [{k: v for k, v in line.items() if not metrics_lib.TIMING.search(k)} for line in read]
 
 

@@ -1,4 +1,4 @@
-"""GPT-2 and the decoders with its plain feed-forward: learned positions, RoPE or ALiBi, biases."""
+"""GPT, GPT-2 and the decoders with its plain feed-forward: learned positions, RoPE or ALiBi, biases."""
 
 from llm_jax.core.config import ConfigDict, use
 from llm_jax.interop import settings
@@ -22,6 +22,23 @@ from llm_jax.interop.table import (
   without,
 )
 from llm_jax.model import heads, norms, positions
+
+
+def gpt1(c: Settings) -> ConfigDict:
+  """GPT (Radford et al. 2018): norms after the sublayers, none at the end; its `gelu` is the one by tanh."""
+  settings.expect(c, afn='gelu')
+  model = settings.decoder(
+    c,
+    mixer=settings.self_attention(c, bias=True, rotate=None),
+    ffn=settings.mlp(c, 4 * settings.get(c, 'n_embd', 'hidden_size'), 'gelu_new'),
+    norm=settings.layer_norm(c, 'layer_norm_epsilon'),
+    residual=use(norms.post),
+    positions=use(positions.Learned),
+    length=settings.get(c, 'n_positions', 'max_position_embeddings'),
+    head=settings.tied(c, True),
+  )
+  model.norm = None
+  return model
 
 
 def gpt2(c: Settings) -> ConfigDict:
@@ -215,12 +232,17 @@ def mpt(c: Settings) -> ConfigDict:
 
 
 def _gpt2_rows(
-  qkv: str, up: str, down: str, out: str, qkv_bias: str = JOINED_BIAS
+  qkv: str,
+  up: str,
+  down: str,
+  out: str,
+  qkv_bias: str = JOINED_BIAS,
+  tables: tuple[str, str] = ('wte', 'wpe'),
 ) -> tuple[Row, ...]:
-  """The names of GPT-2."""
+  """The names of GPT-2. tables: those of the embedding and of the positions."""
   return (
-    *ends('wte', 'ln_f'),
-    Row('positions/table', 'wpe.weight', 't d -> t d'),
+    *ends(tables[0], 'ln_f'),
+    Row('positions/table', f'{tables[1]}.weight', 't d -> t d'),
     *norm(f'{LAYER}mixer_norm', 'h.*.ln_1'),
     *norm(f'{LAYER}ffn_norm', 'h.*.ln_2'),
     *linear(QKV, 'h.*.attn.c_attn', qkv, qkv_bias),
@@ -237,13 +259,12 @@ BLOCK_NORMS = (
 MASKS = ('.attn.bias', '.masked_bias', '.attn.causal_mask', '.attention.bias')
 BUFFERS = ('rotary_emb.inv_freq', 'lm_head.weight', 'embed_out.weight', *MASKS)
 
-FAMILIES = dict(
-  gpt2=Family(
-    gpt2,
-    _gpt2_rows('d (n k) -> d n k', 'd f -> d f', 'f d -> f d', '(h k) d -> h k d'),
-    'transformer.',
-    BUFFERS,
-  ),
+CONV1D = ('d (n k) -> d n k', 'd f -> d f', 'f d -> f d', '(h k) d -> h k d')
+FIRST = {'openai-gpt': Family(
+  gpt1, _gpt2_rows(*CONV1D, tables=('tokens_embed', 'positions_embed')), 'transformer.', BUFFERS
+)}  # fmt: skip
+FAMILIES = FIRST | dict(
+  gpt2=Family(gpt2, _gpt2_rows(*CONV1D), 'transformer.', BUFFERS),
   gpt_bigcode=Family(gpt2, _gpt2_rows(JOINED, UP, 'd f -> f d', OUT), 'transformer.', BUFFERS),
   gpt_neo=Family(
     gpt_neo,

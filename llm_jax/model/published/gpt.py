@@ -3,6 +3,7 @@
 from llm_jax.model.published.row import HUGGINGFACE, Row
 
 LAYER_NORM = dict(fn='norms:LayerNorm', eps=1e-5)
+BERT_NORM = dict(fn='norms:LayerNorm', eps=1e-12)
 NORMED = dict(fn='heads:Embedding', norm=LAYER_NORM)  # BLOOM's norm on the embedding
 UNTIED = dict(fn='heads:Untied')
 
@@ -245,15 +246,13 @@ CARDS = {
     f'bert_{name}': Row(
       'Devlin et al. 2019, arXiv:1810.04805, section 3', printed, figure,
       dict(
-        GPT, **sizes(*size), kind='prefix', vocab=30_522, length=512, residual='norms:post',
-        final_norm=False, activation='ffn:gelu', embedding=NORMED,
+        GPT, **sizes(*size), kind='encoder', vocab=30_522, length=512, residual='norms:post', norm=BERT_NORM,
+        final_norm=False, positions=None, activation='ffn:gelu', classes=2,
+        stem=dict(fn='heads:Stem', norm=BERT_NORM, types=2), head=dict(fn='heads:Masked', norm=BERT_NORM),
       ),
       HUGGINGFACE,
-      lacks=2 * size[2] + size[2] ** 2 + size[2],
-      note=(
-        'an encoder: a prefix decoder whose prefix is all of its input; it lacks the two segment embeddings and the '
-        'pooler, and its embedding norm comes before the positions, not after'
-      ),
+      without='^(head|classes)/',
+      note='the figure is that of BertModel: without the heads of pre-training, for masked words and the next sentence',
     )
     for name, size, printed, figure in (
       ('base', (12, 12, 768), '110M', 109_482_240),

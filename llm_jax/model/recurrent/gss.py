@@ -45,3 +45,8 @@ class GatedStateSpace(nn.Module):
     """{h: f32 zeros [batch, narrow, pairs, 2]}."""
     del length, dtype
     return dict(h=ssm.initial(batch, self.narrow or embed // 4, self.pairs))
+
+  @nn.nowrap
+  def state_axes(self) -> dict[str, tuple]:
+    """Names of the axes of `initial`."""
+    return dict(h=('batch', 'rank', 'state', None))

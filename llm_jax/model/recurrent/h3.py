@@ -50,3 +50,8 @@ class H3(nn.Module):
     f = self.hidden or embed
     shift = jnp.zeros((batch, self.taps - 1, f), dtype)
     return dict(shift=shift, h=ssm.initial(batch, f, self.pairs))
+
+  @nn.nowrap
+  def state_axes(self) -> dict[str, tuple]:
+    """Names of the axes of `initial`."""
+    return dict(shift=('batch', 'taps', 'ffn'), h=('batch', 'ffn', 'state', None))

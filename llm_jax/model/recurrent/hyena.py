@@ -98,6 +98,12 @@ class Hyena(nn.Module):
     seen = {f'seen_{n}': jnp.zeros((batch, length, embed), dtype) for n in range(1, self.order + 1)}
     return convs | seen
 
+  @nn.nowrap
+  def state_axes(self) -> dict[str, tuple]:
+    """Names of the axes of `initial`."""
+    convs = {f'{name}_conv': ('batch', 'taps', 'ffn') for name in self._branches()}
+    return convs | {f'seen_{n}': ('batch', 'length', 'ffn') for n in range(1, self.order + 1)}
+
 
 def _read(seen: jax.Array, kernel: jax.Array, positions: jax.Array) -> jax.Array:
   """The convolution of what was seen, f32 [batch, slots, f], at some positions [batch or 1, t]."""

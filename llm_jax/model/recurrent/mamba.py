@@ -99,6 +99,11 @@ class Mamba(nn.Module):
       conv=jnp.zeros((batch, self.taps - 1, f), dtype), h=jnp.zeros((batch, f, self.state))
     )
 
+  @nn.nowrap
+  def state_axes(self) -> dict[str, tuple]:
+    """Names of the axes of `initial`."""
+    return dict(conv=('batch', 'taps', 'ffn'), h=('batch', 'ffn', 'state'))
+
 
 def log_counts(key: jax.Array, shape: tuple[int, ...]) -> jax.Array:
   """log 1, log 2, ... along the last axis: A = -1, -2, ..., the real form of S4D (Gu et al. 2022, arXiv:2206.11893)."""

@@ -118,6 +118,13 @@ class Mamba2(nn.Module):
     convs = {name: jnp.zeros((batch, self.taps - 1, n), dtype) for name, n in sizes.items()}
     return dict(convs, s=jnp.zeros((batch, heads, self.state, self.head_dim)))
 
+  @nn.nowrap
+  def state_axes(self) -> dict[str, tuple]:
+    """Names of the axes of `initial`."""
+    sizes = dict(x_conv='ffn', b_conv='state', c_conv='state')
+    convs = {name: ('batch', 'taps', axis) for name, axis in sizes.items()}
+    return dict(convs, s=('batch', 'heads', 'state', 'head_dim'))
+
 
 def log_uniform(key: jax.Array, shape: tuple[int, ...]) -> jax.Array:
   """log A with A uniform between 1 and 16, as in the authors' code."""

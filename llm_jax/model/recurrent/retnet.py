@@ -93,3 +93,8 @@ class Retention(nn.Module):
     """{s: f32 zeros [batch, heads, head_dim, value_dim]}."""
     del length, dtype
     return dict(s=self._zeros(batch, embed))
+
+  @nn.nowrap
+  def state_axes(self) -> dict[str, tuple]:
+    """Names of the axes of `initial`."""
+    return dict(s=('batch', 'heads', 'head_dim', None))

@@ -55,6 +55,12 @@ class TimeMix(nn.Module):
     shift = jnp.zeros((batch, 1, embed), dtype)
     return dict(nothing(batch, self.hidden or embed), shift=shift)
 
+  @nn.nowrap
+  def state_axes(self) -> dict[str, tuple]:
+    """Names of the axes of `initial`."""
+    sums = dict.fromkeys(('num', 'den', 'top'), ('batch', 'ffn'))
+    return dict(sums, shift=('batch', None, 'embed'))
+
 
 class ChannelMix(nn.Module):
   """The part of the feed-forward (eq. 18): sigmoid(r) * (max(k, 0)^2 W_v), with r, k from the token and the one before.
@@ -82,6 +88,11 @@ class ChannelMix(nn.Module):
     """{shift: zeros [batch, 1, embed]}."""
     del length
     return dict(shift=jnp.zeros((batch, 1, embed), dtype))
+
+  @nn.nowrap
+  def state_axes(self) -> dict[str, tuple]:
+    """Names of the axes of `initial`."""
+    return dict(shift=('batch', None, 'embed'))
 
 
 def mixed(module: nn.Module, name: str, x: jax.Array, before: jax.Array) -> jax.Array:

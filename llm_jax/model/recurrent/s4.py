@@ -33,6 +33,11 @@ class S4(nn.Module):
     del length, dtype
     return dict(h=dplr.initial(batch, embed, self.pairs))
 
+  @nn.nowrap
+  def state_axes(self) -> dict[str, tuple]:
+    """Names of the axes of `initial`."""
+    return dict(h=('batch', 'embed', 'state'))
+
 
 class S4D(nn.Module):
   """`S4` with a diagonal state matrix.
@@ -59,6 +64,11 @@ class S4D(nn.Module):
     """{h: f32 zeros [batch, embed, pairs, 2]}."""
     del length, dtype
     return dict(h=ssm.initial(batch, embed, self.pairs))
+
+  @nn.nowrap
+  def state_axes(self) -> dict[str, tuple]:
+    """Names of the axes of `initial`."""
+    return dict(h=('batch', 'embed', 'state', None))
 
 
 def _mixed(module: nn.Module, y: jax.Array, dtype: Any) -> jax.Array:
