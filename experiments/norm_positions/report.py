@@ -9,6 +9,7 @@ import numpy as np
 
 NAMES = dict(pre='pre-norm', sandwich='sandwich', post='post-norm', deepnorm='DeepNorm')
 WINDOW, SPIKE = 5, 0.5  # updates that are averaged; nats
+FREQUENCIES = 3.313  # nats per byte: the entropy of the text's bytes taken one by one
 
 
 def spike(losses: np.ndarray) -> float:
@@ -40,6 +41,15 @@ def at_end(one: Mapping[str, Any]) -> np.ndarray:
   return np.array(one['losses'], float)[..., -10:].mean((0, 2))
 
 
+def learning(one: Mapping[str, Any]) -> int | None:
+  """log2 of the largest rate that is stable and ends below `FREQUENCIES`; None where none does."""
+  stands = [
+    all(stable(np.array(x, float)) for x in runs) for runs in zip(*one['losses'], strict=True)
+  ]
+  told = zip(one['rates'], stands, at_end(one), strict=True)
+  return max((rate for rate, held, end in told if held and end < FREQUENCIES), default=None)
+
+
 def best(one: Mapping[str, Any]) -> tuple[float, int]:
   """(lowest loss at the end, log2 of its rate)."""
   ends = np.nan_to_num(at_end(one), nan=np.inf)
@@ -63,19 +73,18 @@ def table(found: Sequence[Mapping[str, Any]]) -> str:
   at = {(one['name'], one['layers']): one for one in found}
   power = lambda r: 'none' if r is None else f'2^{r}'
   heads = ' | '.join(f'{n} layers' for n in depths)
-  lines = [f'| largest stable rate | {heads} |', '| --- |' + ' --: |' * len(depths)]
-  for name, title in NAMES.items():
-    cells = [power(largest(at[name, n])) for n in depths]
-    lines.append(f'| {title} | {" | ".join(cells)} |')
-  lines += [
-    '',
-    f'| lowest loss at the end (its rate) | {heads} |',
-    '| --- |' + ' --: |' * len(depths),
-  ]
-  for name, title in NAMES.items():
-    cells = ['{:.3f} (2^{})'.format(*best(at[name, n])) for n in depths]
-    lines.append(f'| {title} | {" | ".join(cells)} |')
-  return '\n'.join(lines)
+  asked = {
+    'largest stable rate': lambda one: power(largest(one)),
+    f'largest stable rate that ends below {FREQUENCIES}': lambda one: power(learning(one)),
+    'lowest loss at the end (its rate)': lambda one: '{:.3f} (2^{})'.format(*best(one)),
+  }
+  lines = []
+  for question, answer in asked.items():
+    lines += [f'| {question} | {heads} |', '| --- |' + ' --: |' * len(depths)]
+    for name, title in NAMES.items():
+      lines.append(f'| {title} | {" | ".join(answer(at[name, n]) for n in depths)} |')
+    lines.append('')
+  return '\n'.join(lines).rstrip()
 
 
 def write(summary: Sequence[Mapping[str, Any]], folder: str) -> None:
@@ -86,7 +95,8 @@ def write(summary: Sequence[Mapping[str, Any]], folder: str) -> None:
 
 
 def figure(summary: Sequence[Mapping[str, Any]]) -> Any:
-  """The loss at the end against the rate, a panel for each depth; open marks are trainings that were not stable."""
+  """The loss at the end against the rate, a panel for each depth, without what is above 4.1 nats; open marks are
+  trainings that were not stable."""
   from matplotlib.backends.backend_agg import FigureCanvasAgg
   from matplotlib.figure import Figure
 
@@ -105,13 +115,18 @@ def figure(summary: Sequence[Mapping[str, Any]]) -> Any:
         held = all(stable(np.array(run, float)) for run in losses)
         panel.plot(rate, end, mark, color='black', markerfacecolor='black' if held else 'white')
       panel.plot([], [], line, marker=mark, color='black', label=NAMES[one['name']])
+    panel.axhline(FREQUENCIES, color='0.5', linewidth=0.8)
     panel.set_xscale('log', base=2)
+    panel.set_ylim(2.7, 4.1)  # what is above has diverged
     panel.set_title(f'{layers} layers', fontsize=10)
     panel.set_xlabel('learning rate', fontsize=9)
     panel.grid(color='0.9', linewidth=0.6)
     panel.set_axisbelow(True)
     for side in ('top', 'right'):
       panel.spines[side].set_visible(False)
+  panels[-1].text(
+    2.0**-11, 2.8, "grey: the entropy of the bytes' frequencies", fontsize=8, color='0.3'
+  )
   panels[0].set_ylabel('loss of the last 10 updates, nats per byte', fontsize=9)
   made.legend(
     *panels[0].get_legend_handles_labels(), loc='outside lower center', ncols=4, fontsize=8

@@ -1,6 +1,6 @@
 r"""Where the norm sits and how large a learning rate a model then stands: four positions, three depths, real text.
 
-  .venv/bin/python -m experiments.norm_positions.run --out=runs/norm_positions          # 8 minutes of one core
+  .venv/bin/python -m experiments.norm_positions.run --out=runs/norm_positions          # 4 minutes of one core
   .venv/bin/python -m experiments.norm_positions.run --quick --out=runs/try
 
 One LLaMA, 32 wide, on bytes of tiny Shakespeare with Adam, no clipping and a rate that is never warmed up; the rates of
@@ -8,23 +8,20 @@ the grid are a factor of 2 apart. OUT/cells.jsonl has a line for every position 
 results.json and norm_positions.png and prints the table of the README.
 """
 
+import argparse
 import functools
-import sys
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
 import numpy as np
-from absl import app, flags
 
 from experiments import small
 from experiments.norm_positions import report
 from llm_jax.model import init, norms
 from llm_jax.optim import rules, schedules
 
-OUT = flags.DEFINE_string('out', 'runs/norm_positions', 'where the results go')
-QUICK = flags.DEFINE_bool('quick', False, 'a few updates of one depth, to see it work')
 EMBED, HEADS, VOCAB, BATCH, LENGTH = 32, 2, 259, 8, 32
 
 
@@ -53,21 +50,24 @@ class Size(NamedTuple):
   """rates: their log2."""
 
   depths: tuple[int, ...] = (2, 8, 24)
-  rates: tuple[int, ...] = (-11, -10, -9, -8, -7, -6, -5, -4, -3)
+  rates: tuple[int, ...] = (-11, -10, -9, -8, -7, -6, -5, -4, -3, -2, -1, 0)
   seeds: int = 1
   steps: int = 100
 
 
-def main(argv: list[str]) -> None:
+def main(argv: Sequence[str] | None = None) -> None:
   """Runs it."""
-  del argv
-  size = Size(depths=(2,), rates=(-8, -2), steps=12) if QUICK.value else Size()
-  cells, found = small.Cells(OUT.value), []
+  parser = argparse.ArgumentParser(description=__doc__.partition('\n')[0])
+  parser.add_argument('--out', default='runs/norm_positions', help='where the results go')
+  parser.add_argument('--quick', action='store_true', help='a few updates, to see it work')
+  given = parser.parse_args(argv)
+  size = Size(depths=(2,), rates=(-8, -2), steps=12) if given.quick else Size()
+  cells, found = small.Cells(given.out), []
   for layers in size.depths:
     for name in POSITIONS:
       called = f'{name} layers {layers} steps {size.steps}'
       found.append(cells.once(called, functools.partial(trained, name, layers, size)))
-  report.write(report.summarise(found), OUT.value)
+  report.write(report.summarise(found), given.out)
   print(report.table(found))
 
 
@@ -97,4 +97,4 @@ def trained(name: str, layers: int, size: Size) -> dict[str, Any]:
 
 
 if __name__ == '__main__':
-  app.run(main, argv=sys.argv)
+  main()

@@ -1,11 +1,13 @@
 """What experiments/norm_positions calls stable, on losses of our own; its README is of its results."""
 
+import gzip
 import json
 import pathlib
 
 import numpy as np
 
 from experiments.norm_positions import report
+from llm_jax.data import records
 
 SHIPPED = pathlib.Path(report.__file__).with_name('results.json')
 FALLS = np.linspace(5, 3, 40)
@@ -38,6 +40,17 @@ def test_the_largest_stable_rate_has_only_stable_ones_below_it():
   assert report.largest(dict(one, losses=[[good] * 4, [good, bad, good, good]])) == -9
   assert report.largest(dict(one, losses=[[bad, good, good, good]])) is None
   assert report.largest(dict(one, losses=[[good] * 3 + [[5.0, None] * 20]])) == -7
+
+
+def test_a_rate_at_which_nothing_but_frequencies_is_learnt_does_not_count():
+  learnt, stuck = np.linspace(5, 3, 40).tolist(), np.linspace(5, 3.4, 40).tolist()
+  one = dict(rates=[-9, -8, -7], losses=[[learnt, learnt, stuck]])
+  assert report.largest(one) == -7 and report.learning(one) == -8
+  assert report.learning(dict(one, losses=[[stuck] * 3])) is None
+  with gzip.open(records.bundled('tinyshakespeare/input.txt.gz')) as f:
+    share = np.bincount(np.frombuffer(f.read(), np.uint8)) / 1_115_394
+  entropy = -(share * np.log(share, where=share > 0, out=np.zeros_like(share))).sum()
+  assert abs(entropy - report.FREQUENCIES) < 1e-3
 
 
 def test_the_shipped_table_is_of_its_results():
