@@ -136,7 +136,7 @@ def test_parameters_are_counted(name):
   assert count.total(model.card) == tree.count(params)
 
 
-@EVERY
+@pytest.mark.parametrize('name', variants(MODELS, FEW))
 def test_unrolled_and_on_a_mesh(name):
   """The other runner, and the parameters split over tensor=2 x fsdp=2."""
   _, params, expected, batch = loaded(name)

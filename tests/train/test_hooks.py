@@ -20,7 +20,7 @@ from llm_jax.core import files
 from llm_jax.core import metrics as metrics_lib
 from llm_jax.core.errors import UserError
 from llm_jax.core.metrics import Writer
-from llm_jax.train import hooks, loop, picture
+from llm_jax.train import hooks, loop, picture, report
 from llm_jax.train.checkpoint import Saver
 from llm_jax.train.guards import Diverged, rewind_on_spike, stop_on_nan
 from llm_jax.train.hooks import Run
@@ -221,6 +221,24 @@ def test_evaluate_of_pairs_is_loss_and_metrics_per_pair(tmp_path, capsys):
   for step in (1, 2):
     run.writer.write(step, dict(loss=1.0 / step, tokens=100 * step))
   assert picture.draw(str(tmp_path)).endswith('loss.png')
+
+
+@pytest.mark.parametrize(
+  ('more', 'said'),
+  [
+    ({}, 'held-out pairs: 75.0 % in the right order'),
+    ({'heldout/label_nll': 0.4}, 'held-out texts: 75.0 % in the right class'),
+  ],
+)
+def test_the_end_of_a_run_tells_pairs_from_classes(tmp_path, more, said):
+  run = fake_run(tmp_path)
+  for step in (1, 2):
+    values = {'loss': 1.0 / step, 'tokens': 100 * step, 'heldout/accuracy': 0.75}
+    run.writer.write(step, values | more)
+  told = report.summary(str(tmp_path), 2, 2)
+  assert said in told
+  assert ('llm-jax generate' in told) == (not more)  # an encoder writes nothing
+  assert picture.draw(str(tmp_path))
 
 
 def test_evaluate_uses_the_average_of_the_parameters(tmp_path):
