@@ -8,11 +8,12 @@ from llm_jax.cli import main
 from llm_jax.data import templates, vocab
 from llm_jax.serve import api, prepare
 from tests.cli import talk
+from tests.variants import variants
 
 CONFIG = os.path.join(os.path.dirname(os.path.abspath(__file__)), 'talk.py')
 
 
-@pytest.mark.parametrize('template', ['chatml', 'alpaca'])
+@pytest.mark.parametrize('template', variants(['chatml', 'alpaca'], ['chatml']))
 def test_a_tuned_model_answers_in_its_template(template, tmp_path, capfd):
   folder = f'{tmp_path}/run'
   assert main.main(['train', f'--config={CONFIG}:{template}', f'--workdir={folder}']) == 0

@@ -13,6 +13,7 @@ import numpy as np
 import pytest
 
 from llm_jax.cli import main
+from tests.variants import variants
 
 HERE = os.path.dirname(os.path.abspath(__file__))
 CONFIG = os.path.join(HERE, 'tiny.py')
@@ -47,6 +48,7 @@ def start(workdir, *overrides, config=CONFIG, devices=1, **env):
   )
 
 
+@pytest.mark.slow
 def test_every_command_is_a_module_too(tmp_path):
   """`python -m llm_jax.cli.train` is `llm-jax train`, for launchers that want a module."""
   for command in main.COMMANDS:
@@ -202,7 +204,7 @@ def test_kill_9_and_run_again_is_bit_exact(name, finished, tmp_path):
   assert_same_run(workdir, finished[0])
 
 
-@pytest.mark.parametrize('sent', [signal.SIGTERM, signal.SIGINT])
+@pytest.mark.parametrize('sent', variants([signal.SIGTERM, signal.SIGINT], [signal.SIGTERM]))
 def test_a_signal_saves_and_says_how_to_go_on(sent, finished, tmp_path):
   workdir = tmp_path / 'run'
   process = start(workdir, '--config.steps=5000', '--config.checkpoint.every=5000')
@@ -263,6 +265,7 @@ def test_two_processes_equal_one(finished, tmp_path):
   assert_same_run(workdir, finished[0], rtol=2e-5)
 
 
+@pytest.mark.slow  # the batches of it: tests/data/test_pipeline.py
 def test_resume_with_another_number_of_processes(finished, tmp_path):
   """Two processes for four steps, then one: the same global batches, so the same run."""
   workdir = tmp_path / 'run'

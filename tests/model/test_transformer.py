@@ -25,6 +25,7 @@ from llm_jax.model import (
   stack,
   transformer,
 )
+from tests.variants import variants
 
 P = functools.partial
 VARIANTS = dict(
@@ -60,7 +61,19 @@ VARIANTS = dict(
   rerope=dict(mixer=dict(rotate=None, groups=2, relative=P(extension.ReRoPE, window=3, slope=0.5))),
 )
 SEEN = dict(window=(4, 1), banded=(3, 2))
-every = pytest.mark.parametrize('name', VARIANTS)
+FAST = (
+  'rope',
+  'mqa',
+  'blocked',
+  'learned',
+  'alibi',
+  'buckets',
+  'loop',
+  'banded',
+  'rerope',
+  'deepnorm',
+)
+every = pytest.mark.parametrize('name', variants(VARIANTS, FAST))
 
 
 @functools.cache
@@ -143,7 +156,9 @@ WITH_STATE = [
 ]
 
 
-@pytest.mark.parametrize('name', WITH_STATE)
+@pytest.mark.parametrize(
+  'name', variants(WITH_STATE, ['rope', 'learned', 'window', 'transformer_xl'])
+)
 def test_with_a_state_is_without(tiny, ids, model, name):
   params = tiny.large(model)
   full = tiny.forward(model)(params, dict(inputs=ids))
