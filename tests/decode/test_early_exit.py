@@ -111,9 +111,7 @@ RULES = dict(
 BOTH = list(itertools.product(('causal', 'recurrent'), RULES))
 
 
-@pytest.mark.parametrize(
-  ('kind', 'name'), variants(BOTH, [('causal', 'similar')])
-)
+@pytest.mark.parametrize(('kind', 'name'), variants(BOTH, [('causal', 'similar')]))
 def test_tokens_leave_where_the_rule_says_and_leave_their_states_behind(kind, name):
   model, params = make(kind, layers=LAYERS)
   rule, own = RULES[name]
