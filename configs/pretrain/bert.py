@@ -5,6 +5,9 @@ one another.
 
 Differs from lm.py in the architecture (an encoder alone, norms after the sublayers, learned positions, a pooler and a
 classifier of two), in the data (masked.words around masked.sentences) and in the objective, the sum of both losses.
+
+Expected after `:steps=20`: the held-out loss falls from 6.68 at step 10 to 6.48; which sentence follows is not learnt
+by then (0.51 of 131). The recipe in full was not measured.
 """
 
 from configs.pretrain import lm

@@ -9,7 +9,7 @@ decoder too, so that their losses are of the same targets; in the budget, which 
 cross-attention included, and not 6 N D, whose D means other things for an encoder; and in the number of cells. An
 encoder-decoder has as many layers on each side, T5's buckets and initialisation. How encoder-decoders scale is an open
 question of the survey (Zhao et al. 2023, arXiv:2303.18223, section 4.2.6); Wang et al. 2022 (arXiv:2204.05832) compare
-these three at one size.
+these three at one size. The suite trains a cell of a few steps; the grid as a whole was not run.
 """
 
 import functools

@@ -14,7 +14,7 @@ What such a mixture gains over the uniform one is measured in experiments/mixtur
 from configs.pretrain import lm
 from llm_jax.core.config import use, variant
 from llm_jax.core.errors import UserError
-from llm_jax.data import batch, pipeline, tasks, vocab
+from llm_jax.data import batch, domains, pipeline, tasks, vocab
 from llm_jax.model import init
 from llm_jax.optim import chain, rules, schedules
 from llm_jax.scaling import mixture
@@ -43,10 +43,8 @@ def get_config(text=None):
   hooks = lm.hook_set(c.source, every)
   if arg.stage == 'proxy':
     one = lambda name: use(pipeline.make, task=use(tasks.domain, name=name, vocab=words), **rows)
-    domains = use(
-      mixture.domains, sources=tuple(map(one, DOMAINS)), batch=arg.batch, length=arg.length
-    )
-    c.source = use(mixture.doremi, source=domains, burn_in=arg.steps // 3)
+    sides = use(domains.make, sources=tuple(map(one, DOMAINS)), batch=arg.batch, length=arg.length)
+    c.source = use(mixture.doremi, source=sides, burn_in=arg.steps // 3)
     hooks['weights'] = use(mixture.trace, every=every, names=DOMAINS)
   with c.unlocked():
     c.hooks = hooks

@@ -4,8 +4,8 @@ r"""Which learning rate for which width. Differs from configs/scaling/isoflop.py
   llm-jax sweep --config=configs/scaling/learning_rates.py:widths=2,rates=3 --workdir=runs/rates --workers=2
 
 Every size gets the same tokens at each rate, the rates a factor of two apart. Expected of the second command: the rate
-of isoflop.py, RATE / width, is the best; half of it and twice as much give 2.275, 2.243 and 2.247 nats per byte 24
-wide and 2.059, 2.026 and 2.075 48 wide. One seed. The first command was not run as a whole.
+of isoflop.py, RATE / width, is the best: 24 wide 2.243 nats per byte, with half of it 2.275, with twice as much 2.247;
+48 wide 2.026, 2.059 and 2.075. One seed. The first command was not run as a whole.
 """
 
 from configs.scaling import isoflop

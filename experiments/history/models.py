@@ -3,7 +3,8 @@
 import functools
 from collections.abc import Callable
 
-from llm_jax.model import attention, block, ffn, heads, init, norms, transformer
+from experiments import small
+from llm_jax.model import block, heads, init, norms, transformer
 from llm_jax.model.functions import Model
 from llm_jax.model.recurrent import lstm, nplm
 
@@ -33,13 +34,8 @@ def recurrent() -> Model:
 
 def decoder() -> Model:
   """A small LLaMA of three layers."""
-  layer = partial(
-    block.decoder,
-    mixer=partial(attention.SelfAttention, heads=2),
-    ffn=partial(ffn.Gated, hidden=128),
-  )
   recipe = partial(init.gpt2, std=0.08)
-  return transformer.causal(vocab=VOCAB, embed=64, layers=3, block=layer, init=recipe)
+  return small.decoder(vocab=VOCAB, embed=64, heads=2, layers=3, init=recipe)
 
 
 MODELS = {'NPLM': partial(neural, WINDOW), 'LSTM': recurrent, 'Transformer': decoder}

@@ -1,6 +1,6 @@
 r"""From counting to attention: n-grams, NPLM, LSTM and Transformer on the same novels.
 
-  .venv/bin/python -m experiments.history.run --out=runs/history          # 6 minutes of one core
+  .venv/bin/python -m experiments.history.run --out=runs/history          # 4 minutes of one core
   .venv/bin/python -m experiments.history.run --quick --out=runs/try
 
 n-grams of 1 to 5 bytes with Katz's back-off, and three neural models of about 140,000 parameters that read 1.7 of the
@@ -8,27 +8,21 @@ n-grams of 1 to 5 bytes with Katz's back-off, and three neural models of about 1
 there already is not made again. Writes results.json, results.md and results.png.
 """
 
+import contextlib
 import functools
-import json
-import os
 import sys
-import time
 from collections.abc import Callable
 from typing import Any
 
-import jax
 import numpy as np
 from absl import app, flags
 
+from experiments import small
 from experiments.history import models, report
-from llm_jax.core import mesh
-from llm_jax.core.config import build, use
 from llm_jax.data import batch, ngram, pipeline, tasks, vocab
 from llm_jax.model import count
 from llm_jax.model.functions import Model
-from llm_jax.objectives import language
-from llm_jax.optim import chain, rules, schedules
-from llm_jax.train import loop, state, step
+from llm_jax.optim import rules, schedules
 
 OUT = flags.DEFINE_string('out', 'runs/history', 'where the results go')
 QUICK = flags.DEFINE_bool('quick', False, 'hardly trained, to see it work')
@@ -48,35 +42,13 @@ BOOKS = functools.partial(tasks.domain, name='books', vocab=words)
 def main(argv: list[str]) -> None:
   """Runs it."""
   del argv
-  os.makedirs(OUT.value, exist_ok=True)
-  path = os.path.join(OUT.value, 'cells.jsonl')
-  steps = 20 if QUICK.value else 850
+  store, steps = small.Cells(OUT.value), 20 if QUICK.value else 850
   for order in ORDERS:
-    once(path, f'{order}-gram', functools.partial(counted, order))
+    store.once(f'{order}-gram', functools.partial(counted, order))
   for name in models.MODELS:
-    once(path, name, functools.partial(trained, name, steps))
-  report.write(read(path), OUT.value)
+    store.once(name, functools.partial(trained, name, steps))
+  report.write(store.all(), OUT.value)
   print(f'results.json, results.md and results.png are in {OUT.value}')
-
-
-def read(path: str) -> dict[str, dict[str, Any]]:
-  """Name -> what was measured."""
-  if not os.path.exists(path):
-    return {}
-  with open(path, encoding='utf-8') as f:
-    return {one['model']: one for one in map(json.loads, f)}
-
-
-def once(path: str, name: str, make: Callable[[], dict[str, Any]]) -> None:
-  """Adds the line of a model that is not there."""
-  if name in read(path):
-    return
-  spent = time.process_time()
-  told = dict(model=name, **make())
-  told['cpu'] = round(time.process_time() - spent, 1)
-  with open(path, 'a', encoding='utf-8') as f:
-    f.write(json.dumps(told) + '\n')
-  print(name, {k: v for k, v in told.items() if k != 'curve'}, flush=True)
 
 
 # --- counting ------------------------------------------------------------------------------------------
@@ -114,23 +86,21 @@ def trained(name: str, steps: int) -> dict[str, Any]:
   source = pipeline.make(
     model, task=BOOKS, batch=ROWS, length=LENGTH, rows=batch.concatenate, seed=seed
   )
-  warm = max(1, steps // 20)
-  schedule = use(schedules.cosine, peak=PEAK[name], steps=steps, warmup=warm, floor=0.0)
-  tx = build(use(chain.make, rule=use(rules.adamw, b2=0.99), schedule=schedule, clip=1.0))
-  tx = tx(model.axes)
-  update = step.make(functools.partial(language.next_token, model, chunk=None), tx)
-  begin = state.create(model, tx, seed)
+  told = dict(peak=PEAK[name], steps=steps, warmup=max(1, steps // 20), floor=0.0)
+  rule = functools.partial(rules.adamw, b2=0.99)
+  schedule = functools.partial(schedules.cosine, **told)
+  train = small.trainer(model, steps=steps, schedule=schedule, rule=rule, clip=1.0)
   measure, curve = measurer(model), []
   marks = set(np.geomspace(10, steps, 8).round().astype(int).tolist()[:-1])
 
-  def look(at: int, now: state.State, metrics: Any) -> None:
+  def look(at: int, now: Any, metrics: Any) -> None:
     if at in marks:
       curve.append([at * ROWS * LENGTH, measure(now.params, 4)])
 
-  last = loop.train(begin, source, update, steps=steps, key=jax.random.key(seed), hooks=[look])
-  source.close()
+  with contextlib.closing(source):
+    params = train(source, seed, hooks=[look])
   sees = models.WINDOW if name == 'NPLM' else LENGTH
-  bits = measure(last.params, None)
+  bits = measure(params, None)
   curve.append([steps * ROWS * LENGTH, bits])
   return dict(parameters=count.total(model.card), sees=sees, bits=bits, steps=steps, curve=curve)
 
@@ -150,18 +120,8 @@ def measurer(model: Model) -> Callable[[Any, int | None], float]:
   held = list(source.once())
   source.close()
   spread = np.random.default_rng(0).permutation(len(held))
-
-  @jax.jit
-  def sums(params: Any, told: Any) -> tuple:
-    loss = language.next_token(model, params, told, None, chunk=None)
-    return loss.sum, loss.weight
-
-  def measure(params: Any, batches: int | None) -> float:
-    some = [held[i] for i in spread[:batches]]
-    nats, weight = np.sum([jax.device_get(sums(params, mesh.place(b))) for b in some], axis=0)
-    return float(nats / weight / np.log(2))
-
-  return measure
+  nats = small.evaluator(model)
+  return lambda params, batches: nats(params, [held[i] for i in spread[:batches]]) / np.log(2)
 
 
 if __name__ == '__main__':

@@ -20,7 +20,7 @@ from absl import app, flags
 
 from experiments import small
 from experiments.mixture_lab import report
-from llm_jax.data import batch, pipeline, tasks, vocab
+from llm_jax.data import batch, domains, pipeline, tasks, vocab
 from llm_jax.model import init
 from llm_jax.optim import rules, schedules
 from llm_jax.scaling import mixture
@@ -213,13 +213,13 @@ def mixed(model: Any, rates: Sequence[float], rows: int, seed: int) -> pipeline.
   )
 
 
-def sides(model: Any, rows: int, seed: int) -> mixture.Domains:
+def sides(model: Any, rows: int, seed: int) -> domains.Domains:
   """As many rows of each domain."""
   made = [
     functools.partial(pipeline.make, task=domain(name), rows=batch.concatenate, seed=seed)
     for name in DOMAINS
   ]
-  return mixture.domains(model, sources=tuple(made), batch=rows, length=LENGTH)
+  return domains.make(model, sources=tuple(made), batch=rows, length=LENGTH)
 
 
 def trainer(model: Any, size: Size) -> Callable[[Any, int], Any]:

@@ -66,9 +66,8 @@ def _train(recipe, where: str) -> None:
 
 def _report(folder: str, cells: tuple, failed: dict[str, str]) -> int:
   """Says what came of the cells; returns the exit code."""
-  sweep.publish(
-    folder
-  )  # a worker is stopped when all cells have ended, be its last one in the table or not
+  # a worker is stopped when all cells have ended, be its last one in the table or not
+  sweep.publish(folder)
   states = [sweep.state(folder, cell) for cell in cells]
   print(f'{states.count("done")} of {len(cells)} cells are done: {folder}/{sweep.TABLE}')
   for name, error in failed.items():

@@ -296,6 +296,7 @@ def mark(vocab: Any, mode: str) -> int:
   """The id of a mode token."""
   if mode not in vocab.modes:
     raise UserError(
-      f'the vocabulary has no mode token {mode!r}; {nearest(mode, vocab.modes)}; set vocab.modes or denoiser mode=""'
+      f'the vocabulary has no mode token {mode!r}; {nearest(mode, vocab.modes)}; set vocab.modes, '
+      'or a denoiser with an empty mode'
     )
   return vocab.modes[mode]

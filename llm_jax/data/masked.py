@@ -14,8 +14,8 @@ from typing import Any
 
 import numpy as np
 
-from llm_jax.core.errors import UserError, nearest
-from llm_jax.data import pipeline
+from llm_jax.core.errors import UserError
+from llm_jax.data import denoise, pipeline
 
 Batch = dict[str, np.ndarray]
 MARKS = ('[CLS]', '[SEP]', '[MASK]')
@@ -42,7 +42,7 @@ def words(
     )
   inner = source(model)
   vocab = inner.vocab
-  hidden = _mark(vocab, '[MASK]')
+  hidden = denoise.mark(vocab, '[MASK]')
   pieces = np.setdiff1d(np.arange(vocab.base), [vocab.eos, *_known(vocab.pad, vocab.unk)])
 
   def change(batch: Batch, rngs: list[np.random.Generator]) -> Batch:
@@ -73,7 +73,7 @@ def sentences(model: Any, *, source: Callable, random: float = 0.5, seed: int = 
   if not 0 <= random <= 1:
     raise UserError(f'random={random} is a probability: choose 0 <= random <= 1')
   inner = source(model)
-  first, apart = (_mark(inner.vocab, mark) for mark in MARKS[:2])
+  first, apart = (denoise.mark(inner.vocab, mark) for mark in MARKS[:2])
   length = inner.length + 3
 
   def change(batch: Batch, rngs: list[np.random.Generator]) -> Batch:
@@ -161,14 +161,6 @@ class Wrapped:
     return self._change(
       batch, [np.random.default_rng((self._seed, first + row)) for row in range(rows)]
     )
-
-
-def _mark(vocab: Any, mark: str) -> int:
-  if mark not in vocab.modes:
-    raise UserError(
-      f'the vocabulary has no {mark}; {nearest(mark, vocab.modes)}; set vocab.modes={MARKS}'
-    )
-  return vocab.modes[mark]
 
 
 def _known(*ids: int | None) -> list[int]:

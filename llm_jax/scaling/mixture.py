@@ -4,8 +4,8 @@ DoReMi (Xie et al. 2023, arXiv:2305.10429) trains a small reference on some mixt
 group DRO over the domains: those in which the proxy is furthest behind the reference count more. The average of these
 weights is the mixture for the large model (`tasks.mixture(rates=...)`). Here that is a source:
 
-    domains = use(mixture.domains, sources=(use(pipeline.make, task=books), use(pipeline.make, task=wiki)), batch=24)
-    source = use(mixture.doremi, source=domains, ref='runs/reference')
+    sides = use(domains.make, sources=(use(pipeline.make, task=books), use(pipeline.make, task=wiki)), batch=24)
+    source = use(mixture.doremi, source=sides, ref='runs/reference')
 
 RegMix (Liu et al. 2024, arXiv:2407.01492) trains many tiny proxies on random mixtures and regresses the loss on them:
 
@@ -23,89 +23,12 @@ import numpy as np
 
 from llm_jax.core import mesh
 from llm_jax.core.errors import UserError
-from llm_jax.data import pipeline
+from llm_jax.data import domains, pipeline
 from llm_jax.objectives import sequence
 from llm_jax.rl import annotate
 from llm_jax.train import hooks
 
 Predict = Callable[[np.ndarray], np.ndarray]  # mixtures [n, domains] -> loss [n]
-
-
-# --- batches whose rows know their domain --------------------------------------------------------------
-
-
-def domains(
-  model: Any,
-  *,
-  sources: tuple,
-  batch: int = 24,
-  length: int = 256,
-  encoder_length: int | None = None,
-) -> 'Domains':
-  """As many rows of every domain in each batch, and which: `domain` int32 [batch], numbers of `sources`.
-
-  sources: as in `cli/train.py`, model -> source, one per domain; batch (of all together), length and encoder_length
-  are set for them.
-  """
-  if not sources or batch % len(sources):
-    raise UserError(
-      f'{batch} rows do not divide over {len(sources)} domains: choose a multiple of it as batch'
-    )
-  sizes = dict(batch=batch // len(sources), length=length, encoder_length=encoder_length)
-  made = tuple(one(model, **sizes) for one in sources)
-  if len({one.vocab.fingerprint for one in made}) > 1:
-    raise UserError('the domains have different vocabularies: give all sources the same one')
-  return Domains(made, batch, length)
-
-
-class Domains:
-  """Sources side by side. See `pipeline.Source` for the methods."""
-
-  def __init__(self, sources: tuple, batch: int, length: int):
-    self.count, self.vocab, self.batch, self.length = (
-      len(sources),
-      sources[0].vocab,
-      batch,
-      length,
-    )
-    self._sources = sources
-
-  def __call__(self, state: Any = None) -> pipeline.Batch:
-    """This process' rows of the next global batch, domain by domain."""
-    parts = [_marked(one(state), i) for i, one in enumerate(self._sources)]
-    return {name: np.concatenate([part[name] for part in parts]) for name in parts[0]}
-
-  def state(self) -> dict[str, Any]:
-    """Where the next batch starts, in every domain."""
-    return dict(domains=[one.state() for one in self._sources])
-
-  def restore(self, state: Mapping[str, Any]) -> None:
-    """Goes on from a `state()`."""
-    if len(state.get('domains', ())) != self.count:
-      raise UserError(
-        f'this is not the state of {self.count} domains: restore another checkpoint, or set as many sources'
-      )
-    for one, own in zip(self._sources, state['domains'], strict=True):
-      one.restore(own)
-
-  def skip(self, batches: int) -> None:
-    """Leaves out the next `batches` batches."""
-    for one in self._sources:
-      one.skip(batches)
-
-  def once(self) -> Iterator[pipeline.Batch]:
-    """One pass over one domain after the other."""
-    for i, one in enumerate(self._sources):
-      yield from (_marked(batch, i) for batch in one.once())
-
-  def close(self) -> None:
-    """Stops the threads."""
-    for one in self._sources:
-      one.close()
-
-
-def _marked(batch: pipeline.Batch, domain: int) -> pipeline.Batch:
-  return batch | dict(domain=np.full(len(batch['inputs']), domain, np.int32))
 
 
 # --- DoReMi -------------------------------------------------------------------------------------------
@@ -137,7 +60,7 @@ def doremi(
 ) -> 'DoReMi':
   """The source of a proxy's training by group DRO (Algorithm 1); train it with the ordinary objective.
 
-  source: model -> source of batches with `domain`, see `domains`. ref: folder of the reference's run, see
+  source: model -> source of batches with `domain`, see `data/domains.py`. ref: folder of the reference's run, see
   `rl/annotate.py` for it and `seed`. eta: step size. smoothing: c. burn_in: steps left out of the average; in a short
   run those in which the proxy learns its first letters are not few (paper: 0 of 200,000). chunk: see
   `language.next_token`.
@@ -163,7 +86,7 @@ class DoReMi:
   def __init__(
     self,
     model: Any,
-    source: Domains,
+    source: domains.Domains,
     reference: Callable[[Any], Any],
     *,
     eta: float = 1.0,

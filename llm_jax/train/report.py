@@ -58,10 +58,10 @@ def rescue(run: Any) -> Callable:
   return save
 
 
-def last_value(workdir: str, name: str) -> float | None:
-  """The newest value of a metric in `metrics.jsonl`, None when it was never written."""
+def newest(workdir: str) -> dict[str, float | None]:
+  """The last value of every metric in `metrics.jsonl`."""
   found = files.lines(os.path.join(workdir, metrics.FILE))
-  return next((line[name] for line in reversed(found) if name in line), None)
+  return {name: value for line in found for name, value in line.items()}
 
 
 def finish(run: Any, state: Any) -> int:
@@ -77,10 +77,11 @@ def finish(run: Any, state: Any) -> int:
 def summary(workdir: str, step: int, steps: int) -> str:
   """The closing lines of a run: the result, where everything lies, three commands to try next."""
   here = os.path.relpath(workdir) if not os.path.relpath(workdir).startswith('..') else workdir
-  bits, loss = last_value(workdir, 'heldout/bits_per_byte'), last_value(workdir, 'loss')
-  right, earned = last_value(workdir, 'heldout/accuracy'), last_value(workdir, 'heldout/reward')
-  classes = last_value(workdir, 'heldout/label_nll') is not None
-  unit = '' if last_value(workdir, 'nats') is None else ' nats per token'
+  told = newest(workdir)
+  bits, loss = told.get('heldout/bits_per_byte'), told.get('loss')
+  right, earned = told.get('heldout/accuracy'), told.get('heldout/reward')
+  classes = told.get('heldout/label_nll') is not None
+  unit = '' if told.get('nats') is None else ' nats per token'
   result = '' if loss is None else f'training loss: {loss:.4f}{unit}'
   if bits is not None:
     result = f'held-out text: {bits:.3f} bits per byte'

@@ -38,5 +38,8 @@ def test_rows_have_the_label_of_their_source():
 
 
 def test_a_batch_that_does_not_divide():
-  says('batch=5', lambda: labels.kinds(model(), sources=tuple(map(text, NAMES)), batch=5))
-  says('two or more kinds', lambda: labels.kinds(model(), sources=(text('books'),), batch=5))
+  says(
+    '5 rows do not divide over 2',
+    lambda: labels.kinds(model(), sources=tuple(map(text, NAMES)), batch=5),
+  )
+  says('two or more sources', lambda: labels.kinds(model(), sources=(text('books'),), batch=5))

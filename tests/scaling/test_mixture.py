@@ -12,7 +12,7 @@ import pytest
 
 from llm_jax.core.errors import UserError
 from llm_jax.data import batch as batch_lib
-from llm_jax.data import pipeline, readers, tasks, vocab
+from llm_jax.data import domains, pipeline, readers, tasks, vocab
 from llm_jax.objectives import language
 from llm_jax.scaling import mixture
 from llm_jax.train import loop
@@ -152,7 +152,7 @@ def test_domains_lie_side_by_side(tmp_path):
     sources.append(functools.partial(pipeline.make, **told))
   card = types.SimpleNamespace(kind='causal', vocab=259, length=None)
   model = types.SimpleNamespace(card=card)
-  make = lambda: mixture.domains(model, sources=tuple(sources), batch=4, length=16)
+  make = lambda: domains.make(model, sources=tuple(sources), batch=4, length=16)
   made = make()
   assert made.batch == 4 and made.length == 16
   first, second = made(), made()
@@ -171,7 +171,7 @@ def test_domains_lie_side_by_side(tmp_path):
   for one in (made, other, resumed):
     one.close()
   with pytest.raises(UserError, match='3 rows do not divide'):
-    mixture.domains(model, sources=tuple(sources), batch=3)
+    domains.make(model, sources=tuple(sources), batch=3)
   with pytest.raises(UserError, match='not the state of 2 domains'):
     made.restore(dict(block=0))
   with pytest.raises(UserError, match='share of 1'):
