@@ -3,16 +3,20 @@
 import json
 import os
 import random
+import shutil
 import signal
 import socket
 import subprocess
 import sys
 import time
 
+import jax
 import numpy as np
 import pytest
 
 from llm_jax.cli import main
+from llm_jax.core import config, tree
+from llm_jax.train import checkpoint
 from tests.variants import variants
 
 HERE = os.path.dirname(os.path.abspath(__file__))
@@ -84,21 +88,10 @@ def metrics(workdir):
 
 def parameters(workdir):
   """The parameters of the newest checkpoint, as numpy by path."""
-  code = (
-    'import sys, numpy as np, jax\n'
-    'from llm_jax.core import config, tree\n'
-    'from llm_jax.train import checkpoint\n'
-    'cfg = config.read(sys.argv[1] + "/config.json")\n'
-    'model = config.build(cfg.model)()\n'
-    'params = checkpoint.load_params(sys.argv[1], jax.eval_shape(model.init, jax.random.key(0)))\n'
-    'np.savez(sys.argv[2], **{k.replace("/", "|"): np.asarray(v) for k, v in tree.flatten(params).items()})\n'
-  )
-  path = os.path.join(str(workdir), 'params.npz')
-  subprocess.run(
-    [sys.executable, '-c', code, str(workdir), path], env=environment(), check=True, timeout=120
-  )
-  with np.load(path) as f:
-    return dict(f)
+  model = config.build(config.read(f'{workdir}/config.json').model)()
+  shapes = jax.eval_shape(model.init, jax.random.key(0))
+  found = tree.flatten(checkpoint.load_params(str(workdir), shapes))
+  return {name: np.asarray(x) for name, x in found.items()}
 
 
 def assert_same_run(found, wanted, rtol=0.0):
@@ -190,13 +183,8 @@ MOMENTS = dict(
 )
 
 
-FAST = 'middle', 'during_a_save'
-
-
-@pytest.mark.parametrize(
-  'name',
-  [pytest.param(name, marks=[] if name in FAST else pytest.mark.slow) for name in MOMENTS],
-)
+# during a save: tests/train/test_checkpoint.py, tests/cli/test_killed.py
+@pytest.mark.parametrize('name', variants(MOMENTS, ['middle']))
 def test_kill_9_and_run_again_is_bit_exact(name, finished, tmp_path):
   workdir = tmp_path / 'run'
   kill_at(workdir, MOMENTS[name])
@@ -223,7 +211,12 @@ def test_a_signal_saves_and_says_how_to_go_on(sent, finished, tmp_path):
 def test_resume_on_another_mesh(finished, tmp_path):
   """Stopped on one device, taken up by four (two of them tensor-parallel): equal to 1e-6."""
   workdir = tmp_path / 'run'
-  run(workdir, '--config.steps=4')
+  shutil.copytree(finished[0], workdir)
+  for step in (6, 8):  # as if it had been stopped at 4
+    shutil.rmtree(workdir / 'checkpoints' / str(step))
+  lines = (workdir / 'metrics.jsonl').read_text().splitlines(keepends=True)
+  kept = [line for line in lines if json.loads(line)['step'] <= 4]
+  (workdir / 'metrics.jsonl').write_text(''.join(kept))
   run(workdir, '--config.mesh.data=2', '--config.mesh.tensor=2', devices=4)
   found, wanted = metrics(workdir), metrics(finished[0])
   for step in range(5, 9):
@@ -396,20 +389,24 @@ def test_a_context_longer_than_a_learned_table(tmp_path, capfd):
   assert_one_line(refuse(capfd, tmp_path / 'run', *overrides), 'length')
 
 
-def test_a_checkpoint_of_another_model_is_named_and_kept(tmp_path):
+def train(workdir, *overrides):
+  """In this process, which spares imports."""
+  assert main.main(['train', f'--config={CONFIG}', f'--workdir={workdir}', *overrides]) == 0
+
+
+def test_a_checkpoint_of_another_model_is_named_and_kept(tmp_path, capfd):
   workdir = tmp_path / 'run'
-  run(workdir, '--config.steps=2')
+  train(workdir, '--config.steps=2')
   before = (workdir / 'config.json').read_text()
-  _, err = run(workdir, '--config.model.embed=32', expect=2)
-  assert_one_line(err, 'workdir')
+  assert_one_line(refuse(capfd, workdir, '--config.model.embed=32'), 'workdir')
   assert (workdir / 'config.json').read_text() == before
-  run(workdir, '--config.steps=4')  # nothing was lost
+  train(workdir, '--config.steps=4')  # nothing was lost
 
 
 def test_a_full_disk(tmp_path):
   """A limit on the size of files stands in for the disk: the error is one line and the good checkpoint stays."""
   workdir = tmp_path / 'run'
-  run(workdir, '--config.steps=2')
+  train(workdir, '--config.steps=2')
   code = (
     'import resource, signal, sys\n'
     'signal.signal(signal.SIGXFSZ, signal.SIG_IGN)\n'
@@ -423,7 +420,7 @@ def test_a_full_disk(tmp_path):
   )
   assert done.returncode == 2, done.stderr[-3000:]
   assert_one_line(done.stderr, 'large')
-  run(workdir, '--config.steps=4')
+  train(workdir, '--config.steps=4')
 
 
 def test_distributed_variables_without_a_number(tmp_path, capfd, monkeypatch):
