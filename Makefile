@@ -60,7 +60,7 @@ parity: dev  ## architectures, decoding, templates and objectives beside transfo
 	  'tests.objectives.make_policy_reference $(REFERENCE) $(REFERENCE)/policy.safetensors' \
 	  'tests.data.make_templates $(REFERENCE)/templates.json.gz' | xargs -P $(WORKERS) -L 1 $(BIN)/python -m
 	@JAX_PLATFORMS=cpu LLM_JAX_REFERENCE=$(REFERENCE) $(BIN)/python -m pytest -n $(WORKERS) \
-	  tests/interop/test_families.py tests/interop/test_stored.py tests/decode/test_parity.py tests/objectives/test_trl.py \
+	  tests/interop/test_families.py tests/interop/stored.py tests/decode/test_parity.py tests/objectives/test_trl.py \
 	  tests/objectives/test_policy.py::test_losses_and_gradients_are_trls tests/data/test_templates.py $(ARGS)
 
 weights: dev  ## real weights against their published text, and SmolLM2 against PyTorch
