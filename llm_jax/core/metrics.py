@@ -142,6 +142,7 @@ class Writer:
     if speed is not None:
       values['tokens_per_second'] = speed
       if self._flops_per_token:
+        self._peak = peak_lib.revised(self._peak, self._flops_per_token * speed)
         values['mfu'] = peak_lib.utilisation(self._flops_per_token, speed, self._peak)
     self._write(step, values)
     if self._line is not None:

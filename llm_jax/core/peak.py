@@ -83,6 +83,11 @@ def measured(size: int = 1024, repeats: int = 12) -> float:
   return 2 * size**3 / min(times)
 
 
+def revised(peak: float, reached: float) -> float:
+  """The peak once `reached` FLOP/s have been: where it was measured, other work may have been in the way."""
+  return max(peak, reached) if find(jax.devices()[0].device_kind) is None else peak
+
+
 def utilisation(flops_per_token: float, tokens_per_second: float, peak: float) -> float:
   """MFU: the part of the peak FLOP/s that the model's own products account for; recomputation does not count."""
   return flops_per_token * tokens_per_second / peak
