@@ -17,7 +17,9 @@ import jax.numpy as jnp
 
 from llm_jax.core import weights
 from llm_jax.core.errors import UserError
+from llm_jax.model import param
 from llm_jax.model.functions import Batch, Hidden, Params
+from llm_jax.model.recurrent import sequence
 
 Sizes = Mapping[str, tuple[tuple[int, ...], tuple[str, ...]]]
 
@@ -166,8 +168,9 @@ def _sizes(network: Network, features: int, count: int) -> Sizes:
 def _draw(key: jax.Array, sizes: Sizes) -> Params:
   made = {}
   for k, (name, (shape, _)) in zip(jax.random.split(key, len(sizes)), sizes.items(), strict=True):
-    bound = 0.0 if len(shape) == 1 else (1 if name == 'places' else shape[0]) ** -0.5
-    made[name] = jax.random.uniform(k, shape, minval=-bound, maxval=bound)
+    bound = (1 if name == 'places' else shape[0]) ** -0.5
+    draw = sequence.uniform(bound) if len(shape) > 1 else param.zeros
+    made[name] = draw(k, shape)
   return made
 
 

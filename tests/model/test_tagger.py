@@ -63,10 +63,11 @@ def sentence_by_hand(tables, p, ids, i):
 
 @pytest.mark.parametrize('name', NETWORKS)
 def test_logits_and_loss_are_those_of_a_loop_over_words(name):
-  """In float64; a short row is not told of what pads it."""
+  """In float64; a short row is not told of what pads it. Tasks share their tables and nothing else."""
   by_hand = dict(window=window_by_hand, sentence=sentence_by_hand)[name]
   model = tagger.make(tables=TABLES, tasks=TASKS, network=NETWORKS[name])
   params, told = drawn(model), batch()
+  assert tree.flatten(model.axes, is_leaf=tree.is_names).keys() == tree.flatten(params).keys()
   exact = jax.tree.map(lambda x: x.astype(np.float64), params)
 
   @jax.jit
@@ -74,7 +75,7 @@ def test_logits_and_loss_are_those_of_a_loop_over_words(name):
     logits = {n: t.logits(params, t.hidden(params, told).x) for n, t in model.tasks.items()}
     return logits, classify.tagged(model, params, told, None)
 
-  logits, loss = run(params, {k: jnp.asarray(v) for k, v in told.items()})
+  logits, loss = run(params, told)
   wanted = 0.0
   for task in TASKS:
     own = exact['tasks'][task]
@@ -85,46 +86,38 @@ def test_logits_and_loss_are_those_of_a_loop_over_words(name):
         np.testing.assert_allclose(logits[task][row, i], y, atol=2e-5)
         wanted += np.log(np.exp(y).sum()) - y[told[f'{task}/targets'][row, i]]
   assert loss.sum == pytest.approx(wanted, rel=1e-5) and loss.weight == len(TASKS) * REAL.sum()
-
-
-def test_tasks_share_their_tables_and_nothing_else():
-  model = tagger.make(tables=TABLES, tasks=TASKS, network=NETWORKS['window'])
-  params, told = drawn(model), {k: jnp.asarray(v) for k, v in batch().items()}
-  assert jax.tree.structure(params) == jax.tree.structure(model.axes, is_leaf=tree.is_names)
-  told['mark/weights'] = jnp.zeros(REAL.shape)
-  grads = jax.jit(jax.grad(lambda p: classify.tagged(model, p, told, None).sum))(params)
-  assert all(
-    np.abs(g).max() > 0 for g in jax.tree.leaves((grads['tables'], grads['tasks']['case']))
-  )
-  assert not any(g.any() for g in jax.tree.leaves(grads['tasks']['mark']))
+  for part, moves in dict(tables=('case', 'mark'), case=('case',), mark=('mark',)).items():
+    moved = lambda path, x, part=part: 2 * x if part in path.split('/') else x
+    other = run(tree.map_paths(moved, params), told)[0]
+    assert tuple(task for task in TASKS if (other[task] != logits[task])[REAL > 0].any()) == moves
 
 
 def test_a_window_overfits_100_sentences():
-  """The first of Alice in Wonderland, 1,6xx words: case and mark of every word but those in the same window twice."""
+  """The first of Alice in Wonderland, 2,395 words; the share of right tags after 60 steps, both tasks together."""
   path = records.bundled('books/alice_in_wonderland.txt.gz')
   found = tags.sentences(bytes(corpus.content(path)).decode())[:100]
   known = words.frequent((one.words for one in found), 10_000)
-  source = tags.source(sentences=found, known=known, batch=100, length=80)
-  batch = jax.tree.map(jnp.asarray, next(source.once()))
-  tables = ((known.size, 16),)
-  model = tagger.make(tables=tables, tasks=TASKS, network=P(tagger.window, hidden=32))
-  tx = optax.adam(0.02)
+  (told,) = tags.source(sentences=found, known=known, batch=160, length=24).once()
+  told = jax.tree.map(jnp.asarray, told)
+  assert told['segments'].sum() == 2395
+  tables, narrow = ((known.size, 16),), P(tagger.window, hidden=32)
+  model, tx = tagger.make(tables=tables, tasks=TASKS, network=narrow), optax.adam(0.02)
+
+  def loss(params):
+    found = classify.tagged(model, params, told, None)
+    return found.sum / found.weight, found.metrics['accuracy'] / found.weight
 
   @jax.jit
-  def fit(key):
-    params = model.init(key)
+  def update(params, opt):
+    grads, right = jax.grad(loss, has_aux=True)(params)
+    steps, opt = tx.update(grads, opt)
+    return optax.apply_updates(params, steps), opt, right
 
-    def update(_, now):
-      params, opt = now
-      loss = lambda p: (lambda told: told.sum / told.weight)(classify.tagged(model, p, batch, None))
-      steps, opt = tx.update(jax.grad(loss)(params), opt)
-      return optax.apply_updates(params, steps), opt
-
-    params, _ = jax.lax.fori_loop(0, 60, update, (params, tx.init(params)))
-    told = classify.tagged(model, params, batch, None)
-    return told.metrics['accuracy'] / told.weight
-
-  assert fit(jax.random.key(0)) > 0.99
+  params = jax.tree.map(lambda x: x / 4, drawn(model))
+  opt = jax.jit(tx.init)(params)
+  for _ in range(60):
+    params, opt, right = update(params, opt)
+  assert right > 0.99
 
 
 def test_errors():
