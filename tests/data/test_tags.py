@@ -30,7 +30,7 @@ def test_batches_hold_every_word_once_with_its_tags():
   found = tags.sentences(TEXT)
   known = words.frequent((one.words for one in found), 100)
   make = lambda **kw: tags.source(sentences=found, known=known, batch=3, length=4, **kw)
-  spelt, seen = {i: w for w, i in known._ids.items()}, []
+  spelt, seen = dict(enumerate(known.known, words.SPECIAL)), []
   for batch in make().once():
     for row in range(3):
       n = batch['segments'][row].sum()
@@ -48,7 +48,8 @@ def test_batches_hold_every_word_once_with_its_tags():
   state, second = source.state(), source()
   again = make()
   again.restore(state)
-  assert all((again()[name] == second[name]).all() for name in ['inputs'])
+  third = again()
+  assert all((third[name] == second[name]).all() for name in second)
   for one in (source, again):
     one.close()
 
