@@ -29,7 +29,7 @@ AXES = ('data', 'fsdp', 'expert', 'sequence', 'stage', 'tensor')
 _WHOLE = dict(
   batch=(), length=(), embed=(), heads=(), groups=(), head_dim=(), ffn=(), vocab=(), expert=(),
   layers=(), norm=(), positions=(), buckets=(), rank=(), state=(), taps=(),
-  types=(), classes=(),
+  types=(), classes=(), characters=(), filters=(),
 )  # fmt: skip
 NAMES = tuple(_WHOLE)
 _TENSOR = dict(

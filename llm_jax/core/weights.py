@@ -6,7 +6,7 @@ equations; a letter means the same axis everywhere:
 
   b batch   t query position   s key position   d embed   h heads   g groups (key/value heads)   k
   head_dim f ffn     v vocab            e expert         r rank
-  n state (of a recurrent channel)   c class (of a classifier)
+  n state (of a recurrent channel)   c class (of a classifier)   o filter (of a convolution)
 """
 
 import functools
@@ -33,6 +33,7 @@ AXIS = dict(
   r='rank',
   n='state',
   c='classes',
+  o='filters',
 )
 
 

@@ -31,7 +31,7 @@ class Denoiser(NamedTuple):
 
   lengths(n, end, u) -> (inputs, targets): for arrays of chunk sizes without end of document [k], whether the document
     ends there [k], and u [k]. Both lengths are 0 for a chunk that gives no example.
-  apply(ids, end, u, rng) -> (inputs, targets): one chunk, ids [n] int32.
+  apply(ids, end, u, rng) -> (inputs, targets): one chunk, ids [n] int32. May be an `Example` of batch.py, to say more.
   longest(n) -> (inputs, targets, both): the most that any u gives for chunks of n ids, end of document counted.
   sentinels(n): the most sentinels that a chunk of n ids needs.
   """

@@ -1,11 +1,12 @@
 r"""BART's noise (Lewis et al. 2019, arXiv:1910.13461, section 2.2): text infilling and sentence permutation.
 
-    denoiser=use(infill.bart)                 # vocab.modes with '[MASK]' among them
+    denoiser=use(infill.bart)                       # vocab.modes with '[MASK]' among them
+    denoiser=use(infill.mbart, language='[fra]')    # and the languages
 
 A span is replaced by one [MASK] whatever its length, also one of length 0; the targets are all of the text, so the
 model has to find out how much is missing. These are denoisers as in denoise.py, whose targets repeat what the inputs
-have: use them with an encoder-decoder. mBART (Liu et al. 2020, arXiv:2001.08210) is `bart` on a `tasks.mixture` of one
-task per language, less its language markers.
+have: use them with an encoder-decoder. mBART has a source for every language, side by side in `domains.make`; how often
+each is drawn is `examples.proportional(sizes, temperature=1 / 0.7)` in its paper.
 """
 
 import functools
@@ -15,6 +16,7 @@ from typing import Any
 import numpy as np
 
 from llm_jax.core.errors import UserError
+from llm_jax.data.batch import Example
 from llm_jax.data.denoise import Denoiser, mark
 
 Permute = Callable[[np.ndarray, np.random.Generator], np.ndarray]
@@ -48,6 +50,29 @@ def sentence_permutation(vocab: Any) -> Denoiser:
 def bart(vocab: Any, *, rate: float = 0.3, mean: float = 3.0) -> Denoiser:
   """Sentences permuted, then infilling: what BART large was trained on (section 5.1)."""
   return _noised(vocab, rate, mean, sentences(vocab))
+
+
+def mbart(vocab: Any, *, language: str, rate: float = 0.35, mean: float = 3.5) -> Denoiser:
+  """BART's noise on a text of one language, which both sides name (Liu et al. 2020, arXiv:2001.08210, section 2.2).
+
+  language: its mark among vocab.modes. The encoder reads the noised text, </s>, the language; the decoder reads the
+  language, the text, </s> and predicts the text, </s>, the language: its code moves the last id of the targets to the
+  front of what is read. To translate, begin with the mark of another language. Paragraphs are texts of several
+  sentences here, without a </s> between those.
+  """
+  inner, told = bart(vocab, rate=rate, mean=mean), mark(vocab, language)
+  ending = np.array([vocab.eos, told], np.int32)
+
+  def lengths(n, end, u):
+    inputs, targets = inner.lengths(n, np.zeros_like(end), u)
+    return tuple(np.where(targets > 0, size + len(ending), 0) for size in (inputs, targets))
+
+  def apply(ids, end, u, rng):
+    inputs, targets = inner.apply(ids, False, u, rng)
+    return Example(np.append(inputs, ending), np.append(targets, ending), None, told)
+
+  longest = lambda n: (n + len(ending), n + len(ending), 2 * (n + len(ending)))
+  return Denoiser(lengths, apply, longest, lambda n: 0)
 
 
 def spans(n: int, rate: float, mean: float, rng: np.random.Generator) -> list[int]:

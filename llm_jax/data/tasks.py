@@ -90,6 +90,19 @@ def domain(*, name: str, vocab: Callable | None = vocab_lib.sentencepiece) -> Ta
   return _task(name, corpora, tuple(float(len(corpus_lib.content(p))) for p in paths), vocab)
 
 
+LANGUAGES = ('arb', 'cmn', 'eng', 'fra', 'rus', 'spa')
+
+
+def declaration(*, language: str, vocab: Callable | None = vocab_lib.sentencepiece) -> Task:
+  """The Universal Declaration of Human Rights in Arabic, Chinese, English, French, Russian or Spanish (their codes of
+  ISO 639-3), bundled: 10 to 23 kB each, one document, the last 10 % of the characters held out.
+  """
+  if language not in LANGUAGES:
+    raise UserError(f'no language {language!r}; {nearest(language, LANGUAGES)}')
+  path = os.path.join(_BUNDLED, 'declaration', f'{language}.txt.gz')
+  return text(train=(path,), heldout=0.1, vocab=vocab, name=f'declaration_{language}')
+
+
 def tfds(
   *,
   name: str,

@@ -176,7 +176,12 @@ def _model(
   shared = dict(embedding=param.declare(ends.embedding, ids, ends.rows, ends.embed, ends.dtype))
   if ends.positions is not None:
     shared['positions'] = param.declare(ends.positions, ids, ends.embed, ends.length)
-  table = shared['embedding']['table'].value
+  table = shared['embedding']['table']
+  if ends.head.reads == 'embedding' and table.axes[0] != 'vocab':
+    raise UserError(
+      'the embedding has no row for an id that the head could be tied to: use heads.Untied'
+    )
+  table = table.value
   shared['head'] = param.declare(ends.head, x, ends.rows, table)
   stacks = [s for s in (encoder, decoder) if s is not None]
   parts = {s.name: _declare(s, ends) for s in stacks}

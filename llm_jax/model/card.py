@@ -68,6 +68,13 @@ class Dense(NamedTuple):
   bias: bool
 
 
+class Spelled(NamedTuple):
+  """An embedding that makes vectors of words from their characters: parameters, and forward FLOPs of one word."""
+
+  parameters: int
+  flops: int
+
+
 class Kind(NamedTuple):
   """Blocks that are alike, and how many there are.
 
@@ -96,6 +103,7 @@ class Card(NamedTuple):
   embed. positions: names joined by '+', of 'rope', 'rope_interleaved', 'Learned', 'Sinusoidal', 'Alibi', 'Buckets',
   ..., or 'none'. buckets: rows of the relative table (0 without). types: rows of the table of token types. head_more:
   parameters of the head beside its table and bias. pooled: those of a pooler and a classifier (model/classes.py).
+  spelled: what stands in the place of the embedding table, None where there is one (model/characters.py).
   """
 
   kind: str
@@ -118,6 +126,7 @@ class Card(NamedTuple):
   types: int = 0
   head_more: int = 0
   pooled: int = 0
+  spelled: Spelled | None = None
 
   @property
   def layers(self) -> int:
@@ -191,7 +200,15 @@ def describe(ends: Any, boxes: Any, decoder: Any, encoder: Any | None) -> Card:
     dtype=jnp.dtype(ends.dtype).name,
     types=getattr(decoder.stem, 'types', 0),
     head_more=_head_more(boxes.get('head', {})),
+    spelled=_spelled(ends, boxes['embedding']),
   )
+
+
+def _spelled(ends: Any, boxes: Any) -> Spelled | None:
+  if not hasattr(ends.embedding, 'flops'):
+    return None
+  found = tree.flatten(boxes, is_leaf=param.is_box).values()
+  return Spelled(sum(math.prod(b.value.shape) for b in found), ends.embedding.flops(ends.embed))
 
 
 def _head_more(boxes: Any) -> int:

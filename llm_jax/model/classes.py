@@ -12,6 +12,9 @@ arXiv:2303.18223; the three ways are those of Devlin et al. 2018, arXiv:1810.048
 | feature-based | frozen, none of them is given a gradient or moments | `FEATURES` |
 | finetuning I | frozen but for the layers at the output: final norm and pooler | `OUTPUT` |
 | finetuning II | all trained | `EVERYTHING` |
+
+Without a pooler finetuning I is the feature-based way: the final norm's scale is all that it adds, and the classifier's
+weights can stand for that. What it gains is the pooler's, a deeper head on the same features.
 """
 
 from collections.abc import Callable

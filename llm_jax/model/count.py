@@ -39,6 +39,7 @@ def _parameters(card: Card, active: bool) -> dict[str, int]:
   stacks = 1 + bool(card.encoder)
   norms += stacks * (card.final_norm + card.stem_norm) + card.embedding_norm
   width, project = card.rank or d, (card.rank or 0) * d
+  embedding = card.rows * width + project if card.spelled is None else card.spelled.parameters
   tables = stacks if card.stem_norm else 1  # of learned positions
 
   def sized(part: Any) -> int:
@@ -46,7 +47,7 @@ def _parameters(card: Card, active: bool) -> dict[str, int]:
     return matrices + vectors
 
   return dict(
-    embedding=card.rows * width + project + card.types * d,
+    embedding=embedding + card.types * d,
     positions=tables * card.length * d if 'Learned' in card.positions.split('+') else 0,
     attention=sum(n * sized(m) for n, m in mixers if isinstance(m, Attention)),
     mixer=sum(n * sized(m) for n, m in mixers if isinstance(m, Declared)),
@@ -151,6 +152,8 @@ def forward_flops(
         found['ffn'] += kind.repeats * _declared_flops(kind.ffn, tokens, d)
       elif kind.ffn is not None:
         found['ffn'] += kind.repeats * 2 * weights(kind.ffn, d)[0] * tokens
+  if card.spelled is not None:
+    found['embedding'] = card.spelled.flops * (t + s)
   return found
 
 

@@ -6,7 +6,8 @@ arXiv:1802.05365).
     x = elmo.mix(h, scores, gamma)                     # [batch, t, 2 embed], for a task
 
 The model reads the text once from the left and once from the right, with an embedding and a head for both directions
-(section 3.1). Its words come from the embedding table; the paper's come from a convolution over characters.
+(section 3.1). Its words come from a table, or as in the paper from their characters, with `characters.Characters` as
+the embedding; `layers` then takes the characters of any words, also those that the vocabulary lacks.
 `objectives.language.both_ways` trains it.
 """
 
@@ -65,8 +66,8 @@ def layers(model: Both, params: Params, batch: Batch) -> jax.Array:
   """[layers + 1, batch, t, 2 embed]: of every token the embedding twice, then each layer after reading it from the left
   and from the right (eq. 1).
 
-  batch: inputs int [batch, t], the text itself, not shifted; segments: int [batch, t], 1 for its tokens, absent without
-  padding.
+  batch: inputs int [batch, t], the text itself, not shifted, or [batch, t, letters], its characters; segments: int
+  [batch, t], 1 for its tokens, absent without padding.
   """
   every = depth.exits(tuple(range(model.one.card.layers + 1)))
   segments = batch.get('segments')

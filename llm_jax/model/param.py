@@ -78,6 +78,11 @@ def zeros(key: jax.Array, shape: tuple[int, ...]) -> jax.Array:
   return jnp.zeros(shape, jnp.float32)
 
 
+def constant(value: float) -> Initializer:
+  """The same number everywhere."""
+  return lambda key, shape: jnp.full(shape, value, jnp.float32)
+
+
 def declare(module: nn.Module, *args: Any) -> dict:
   """The tree of `Box`es with abstract values that `module(*args)` declares; nothing is computed.
 

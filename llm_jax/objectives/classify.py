@@ -1,16 +1,19 @@
-"""Classes of texts, with or without language modelling beside them: supervised finetuning as before instructions.
+"""Classes of texts, with or without language modelling beside them: supervised finetuning as before instructions; and
+tags of words.
 
-The model is one with a classifier (`model/classes.py`), the batch has `label` and `at` int32 [batch]; a row whose
-weights are all 0 does not count.
+The model of `labelled` is one with a classifier (`model/classes.py`), the batch has `label` and `at` int32 [batch]; a
+row whose weights are all 0 does not count.
 """
+
+import functools
 
 import jax
 import jax.numpy as jnp
 
 from llm_jax.core.errors import UserError
 from llm_jax.model import classes
-from llm_jax.objectives import preference, sequence
-from llm_jax.objectives.loss import Loss
+from llm_jax.objectives import language, preference, sequence
+from llm_jax.objectives.loss import Loss, add
 from llm_jax.objectives.preference import Batch
 
 
@@ -42,3 +45,17 @@ def labelled(
   each = own + lm * more['nll'] if lm else own
   counts = (batch['weights'].sum(-1) > 0).astype(jnp.float32)
   return preference.settle(each, counts, dict(accuracy=right, label_nll=own, **more), aux)
+
+
+def tagged(model, params, batch: Batch, rng: jax.Array | None) -> Loss:
+  """-log p(tag) of every word in every task, all alike (Collobert & Weston 2008, section 4, where the steps take turns
+  at tasks).
+
+  model: of `tagger.make`. batch: inputs, segments, and `TASK/targets`, `TASK/weights` [batch, t] of each of its tasks
+  (data/tags.py). Metrics: those of `language.next_token`, of all tasks together.
+  """
+  parts = []
+  for name, task in model.tasks.items():
+    told = dict(batch, targets=batch[f'{name}/targets'], weights=batch[f'{name}/weights'])
+    parts.append(language.next_token(task, params, told, rng, chunk=None))
+  return functools.reduce(add, parts)

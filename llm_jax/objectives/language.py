@@ -62,7 +62,8 @@ def both_ways(
   """The cross entropy of every target given those before it, and given those after it (Peters et al. 2018,
   arXiv:1802.05365, section 3.1).
 
-  model: of `elmo.make`. batch: as in `next_token`, one document a row (`batch.pad`, `batch.concatenate`).
+  model: of `elmo.make`. batch: as in `next_token`, with ids of words also where the model reads their characters; one
+  document a row (`batch.pad`, `batch.concatenate`).
   """
   segments, targets = batch.get('segments'), elmo.turned(batch['targets'], batch.get('segments'))
   inputs = jnp.concatenate([batch['inputs'][:, :1], targets[:, :-1]], axis=1)

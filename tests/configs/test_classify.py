@@ -47,40 +47,47 @@ def pretrained(steps):
   return tree.flatten(last.params)
 
 
-def adapted(way, steps=150, pretraining=300):
-  """(share of 960 held-out rows that are classed right, the paths that moved, all paths)."""
+def adapted(way, seeds=1, steps=1000, pretraining=2000):
+  """(share of all held-out rows that are classed right, for each seed; the paths that moved; all paths)."""
   c = small(way, steps)
   model = build(c.model)()
   tx = build(c.optimizer)(model.axes)
   update = step.make(functools.partial(classify.labelled, model), tx, trainable=c.trainable)
-  first = state.create(model, tx, 1, trainable=c.trainable)
-  known = pretrained(pretraining)
-  begun = tree.map_paths(
-    lambda p, x: known[p] if p in known and not p.startswith('classes') else x, first.params
-  )
-  before = {p: np.array(x) for p, x in tree.flatten(begun).items()}
-  begun = jax.tree.map(jax.numpy.array, begun)
-  source = build(c.source)(model)
-  last = loop.train(first.replace(params=begun), source, update, steps=steps, key=jax.random.key(1))
-  source.close()
-  held = build(c.hooks.heldout.source)(model)
-  score = jax.jit(lambda p, b: classify.labelled(model, p, b, None).metrics['accuracy'])
-  right = [float(score(last.params, b)) for _, b in zip(range(40), held.once(), strict=False)]
+  score = jax.jit(lambda p, b: classify.labelled(model, p, b, None))
+  known, rows, shares = pretrained(pretraining), [*build(c.hooks.heldout.source)(model).once()], []
+  for seed in range(seeds):
+    first = state.create(model, tx, seed + 1, trainable=c.trainable)
+    begun = tree.map_paths(
+      lambda p, x: known[p] if p in known and not p.startswith('classes') else x, first.params
+    )
+    before = {p: np.array(x) for p, x in tree.flatten(begun).items()}
+    begun = jax.tree.map(jax.numpy.array, begun)
+    for text in c.source.sources:
+      text.seed = seed
+    source = build(c.source)(model)
+    last = loop.train(
+      first.replace(params=begun), source, update, steps=steps, key=jax.random.key(1)
+    )
+    source.close()
+    found = [score(last.params, batch) for batch in rows]
+    shares.append(float(sum(f.metrics['accuracy'] for f in found) / sum(f.weight for f in found)))
   moved = {p for p, x in tree.flatten(last.params).items() if (np.asarray(x) != before[p]).any()}
-  return sum(right) / (24 * len(right)), moved, set(before)
+  return np.array(shares), moved, set(before)
 
 
 @pytest.mark.slow
-def test_all_layers_are_better_than_the_output_and_that_is_no_worse_than_features_alone():
-  """Of 960 held-out rows 0.608 are right with all layers trained, 0.368 with the output, 0.366 with features alone
-  after 300 steps of language modelling and 150 of adaptation. Chance is 0.333 and two standard errors are 0.03, so
-  the last two are not told apart by so small a model.
+def test_all_layers_are_better_than_the_output_and_that_is_better_than_features_alone():
+  """Of all 5,900 held-out rows 0.930 are right with all layers trained, with the output 0.578, 0.591 and 0.574 for
+  three seeds, with features alone 0.538, 0.540 and 0.534, after 2,000 steps of language modelling and 1,000 of
+  adaptation.
+  Chance is 0.333 and two standard errors are 0.013.
   """
-  found = {way: adapted(way) for way in recipe.WAYS}
+  found = {way: adapted(way, seeds=1 if way == 'everything' else 3) for way in recipe.WAYS}
   assert found['features'][1] == {'classes/w', 'classes/bias'}
   assert found['output'][1] == {
     'classes/w', 'classes/bias', 'pooler/w', 'pooler/bias', 'decoder/norm/scale',
   }  # fmt: skip
   assert found['everything'][1] == found['everything'][2]
   features, output, everything = (found[way][0] for way in recipe.WAYS)
-  assert output > features - 0.03 and everything > max(features, output) + 0.1
+  assert output.min() > features.max() and output.mean() > features.mean() + 0.013
+  assert everything.min() > output.max() + 0.1

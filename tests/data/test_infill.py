@@ -1,14 +1,15 @@
 """BART's noise: the spans are Poisson's, what is kept is in order, and the inputs match the text around the holes."""
 
+import functools
 import math
 
 import numpy as np
 import pytest
 
-from llm_jax.data import infill, vocab
-from tests.data.conftest import says
+from llm_jax.data import domains, infill, pipeline, tasks, vocab
+from tests.data.conftest import model, says
 
-V = vocab.bytes_(extra_ids=0, modes=('[MASK]',))
+V = vocab.bytes_(extra_ids=0, modes=('[MASK]', *(f'[{name}]' for name in tasks.LANGUAGES)))
 HOLE = V.modes['[MASK]']
 
 
@@ -98,3 +99,50 @@ def test_bart_is_both():
   assert moved > 15
   says('no mode token', lambda: infill.bart(vocab.bytes_(modes=())))
   says('rate=0', lambda: infill.infilling(V, rate=0.0))
+
+
+def test_mbart_ends_with_the_language_and_begins_with_it():
+  """With all hidden in one span nothing is drawn; else the noise is BART's with mBART's numbers."""
+  ids, fra = np.array([80, 60, 70], np.int32), V.modes['[fra]']
+  inputs, targets, weights, first = noised(
+    infill.mbart(V, language='[fra]', rate=1.0, mean=90.0), ids, 0
+  )
+  assert inputs.tolist() == [HOLE, V.eos, fra]
+  assert targets.tolist() == [80, 60, 70, V.eos, fra] and weights is None and first == fra
+  ids = text(100)
+  for seed in range(20):
+    found = noised(infill.mbart(V, language='[rus]'), ids, seed, end=seed % 2 == 0)
+    alike = noised(infill.bart(V, rate=0.35, mean=3.5), ids, seed)
+    assert found[0].tolist() == [*alike[0], V.eos, V.modes['[rus]']]
+    assert 100 - (alike[0] != HOLE).sum() == 35
+  says("no mode token '[deu]'", lambda: infill.mbart(V, language='[deu]'))
+
+
+def test_mbart_reads_real_sentences_of_several_languages():
+  """Each row in the marks of its own language; what the decoder reads are the targets with the last id in front, as
+  `shift_tokens_right` of transformers' mBART has it; every chunk is in the declaration of that language."""
+  spoken = ('fra', 'rus', 'cmn')
+  part = functools.partial
+  texts = tuple(
+    part(
+      pipeline.make,
+      task=part(tasks.declaration, language=name, vocab=lambda text: V),
+      denoiser=part(infill.mbart, language=f'[{name}]'),
+    )
+    for name in spoken
+  )
+  source = domains.make(model('encoder_decoder'), sources=texts, batch=6, length=96)
+  batch = source()
+  source.close()
+  for row, which in enumerate(batch['domain']):
+    told = V.modes[f'[{spoken[which]}]']
+    (whole,) = tasks.declaration(language=spoken[which], vocab=None).corpora[0].texts('train')
+    for segment in range(1, batch['segments'][row].max() + 1):
+      mine = batch['segments'][row] == segment
+      read, targets = batch['inputs'][row, mine], batch['targets'][row, mine]
+      assert targets[-2:].tolist() == [V.eos, told] and read.tolist() == [told, *targets[:-1]]
+      encoded = batch['encoder/inputs'][row, batch['encoder/segments'][row] == segment]
+      assert encoded[-2:].tolist() == [V.eos, told] and HOLE in encoded
+      assert (targets[:-2] - 3).astype(np.uint8).tobytes() in whole.encode()
+  assert batch['segments'].any(1).all()
+  says("did you mean 'eng'", lambda: tasks.declaration(language='en'))

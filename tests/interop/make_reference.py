@@ -133,6 +133,14 @@ MODELS = {
       dropout=0.0,
     ),
   ),
+  'mbart': (
+    'MBartConfig',
+    dict(
+      vocab_size=24, d_model=16, encoder_layers=1, decoder_layers=2, encoder_attention_heads=2,
+      decoder_attention_heads=4, encoder_ffn_dim=20, decoder_ffn_dim=24, max_position_embeddings=32,
+      dropout=0.0, scale_embedding=True,
+    ),
+  ),
   'bert': (
     'BertConfig',
     dict(

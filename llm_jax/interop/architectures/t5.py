@@ -1,4 +1,4 @@
-"""Encoder-decoders: T5 and its descendants with relative buckets, BART."""
+"""Encoder-decoders: T5 and its descendants with relative buckets, BART and mBART."""
 
 from collections.abc import Callable
 from typing import Any
@@ -62,7 +62,15 @@ def t5(c: Settings) -> ConfigDict:
 
 def bart(c: Settings) -> ConfigDict:
   """BART (arXiv:1910.13461): norms after the sublayers, positions and a norm of its own for each side."""
-  settings.expect(c, scale_embedding=False)
+  return _bart(c, norms.post, None)
+
+
+def mbart(c: Settings) -> ConfigDict:
+  """mBART (arXiv:2001.08210): BART with the norms before the sublayers, and one more behind each side."""
+  return _bart(c, norms.pre, settings.layer_norm(c))
+
+
+def _bart(c: Settings, residual: Callable, final: ConfigDict | None) -> ConfigDict:
   norm, name = settings.layer_norm(c), settings.get(c, 'activation_function')
 
   def side(which: str, make: Callable, **more: Any) -> ConfigDict:
@@ -73,7 +81,7 @@ def bart(c: Settings) -> ConfigDict:
       mixer=use(attention.SelfAttention, rotate=None, **attend),
       ffn=settings.mlp(c, settings.get(c, f'{which}_ffn_dim'), name),
       norm=norm,
-      residual=use(norms.post),
+      residual=use(residual),
       **more,
     )
 
@@ -86,7 +94,8 @@ def bart(c: Settings) -> ConfigDict:
     length=settings.get(c, 'max_position_embeddings'),
     block=side('decoder', block.cross_decoder, cross=attention.CrossAttention),
     encoder_block=side('encoder', block.decoder),
-    norm=None,
+    norm=final,
+    embedding=use(heads.Embedding, scaled=bool(c.get('scale_embedding'))),
     stem=use(heads.Stem, norm=norm),
     head=settings.tied(c, True),
     init=use(init.gpt2),
@@ -147,4 +156,12 @@ def _t5_rows() -> tuple[Row, ...]:
 
 T5 = Family(t5, _t5_rows(), '', ('.embed_tokens.weight', 'lm_head.weight'))
 BUFFERS = ('.embed_tokens.weight', 'lm_head.weight', 'final_logits_bias')
-FAMILIES = dict(t5=T5, mt5=T5, bart=Family(bart, _bart_rows(), 'model.', BUFFERS))
+FINAL = tuple(
+  row for side in ('encoder', 'decoder') for row in norm(f'{side}/norm', f'{side}.layer_norm')
+)
+FAMILIES = dict(
+  t5=T5,
+  mt5=T5,
+  bart=Family(bart, _bart_rows(), 'model.', BUFFERS),
+  mbart=Family(mbart, (*_bart_rows(), *FINAL), 'model.', BUFFERS),
+)

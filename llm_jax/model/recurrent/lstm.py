@@ -41,7 +41,7 @@ class LSTM(nn.Module):
     for name in GATES:
       w = sequence.project(self, name, x, (f,), 'df', init)
       start = self.forget if name == 'forget' else 0.0
-      bias = sequence.vector(self, f'{name}_bias', (f,), ('ffn',), constant(start))
+      bias = sequence.vector(self, f'{name}_bias', (f,), ('ffn',), param.constant(start))
       inputs.append(w.astype(jnp.float32) + bias)
       u = param.weight(self, f'{name}_hidden', (f, f), ('state', 'ffn'), init)
       recurrent.append(weights.ready(u, 'nf', x.dtype))
@@ -95,8 +95,3 @@ def steps(
   over = (jnp.moveaxis(gates, 1, 0), first.T, real.T)
   state, y = jax.lax.scan(step, state, over)
   return state, jnp.moveaxis(y, 0, 1)
-
-
-def constant(value: float) -> param.Initializer:
-  """The same number everywhere."""
-  return lambda key, shape: jnp.full(shape, value, jnp.float32)
