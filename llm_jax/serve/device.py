@@ -101,9 +101,10 @@ class Device:
     self.reading = reading
     self._head = model.head(params)
     self.buckets = buckets(model.card.embed, model.card.rows)
-    fresh = model.states(params, _ONE, sizes.length)
-    self._fresh = {p: x for p, x in tree.flatten(fresh).items() if not _in_pages(p)}
-    self._states = tree.map_paths(self._memory, fresh)
+    states = lambda params: model.states(params, _ONE, sizes.length)
+    rest = lambda all: {p: x for p, x in tree.flatten(all).items() if not _in_pages(p)}
+    self._fresh = jax.jit(lambda params: rest(states(params)))(params)
+    self._states = tree.map_paths(self._memory, jax.eval_shape(states, params))
     places = tuple(placement.spread(self._states).items())
     self._f = _Functions(model.hidden, model.logits, model.states, mesh.context(), places)
     self._allowed = np.pad(allowed, (0, model.card.rows - model.card.vocab))
@@ -199,10 +200,10 @@ class Device:
     x, self._states = _forward(self._f, self._params, self._states, *told)
     return x
 
-  def _memory(self, path: str, x: jax.Array) -> Any:
+  def _memory(self, path: str, x: jax.ShapeDtypeStruct) -> Any:
     """The leaf of a row's state [1, 1, ...], as it is for all: a pool, or one for every row."""
     if not _in_pages(path):
-      return jnp.repeat(x, self.sizes.rows, axis=1)
+      return jnp.repeat(self._fresh[path], self.sizes.rows, axis=1)
     if path.endswith('/segments'):  # the lengths of inputs come with every call
       return None
     groups, head_dim = x.shape[2], x.shape[4]

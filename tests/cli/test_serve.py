@@ -1,7 +1,6 @@
 """`llm-jax serve` on a run, its engine replaced by that of tests/serve/fake.py: which flags go where, and its end."""
 
 import contextlib
-import functools
 import threading
 import types
 
@@ -12,12 +11,10 @@ import openai
 import pytest
 
 import llm_jax.serve
-from llm_jax.cli import generate as generate_command
 from llm_jax.cli import main
 from llm_jax.cli import serve as command
 from llm_jax.core.config import build, config, to_json, use
 from llm_jax.data import vocab
-from llm_jax.decode import generate
 from llm_jax.model import attention, block, ffn, transformer
 from llm_jax.serve import server
 from llm_jax.train import checkpoint
@@ -32,13 +29,19 @@ class Source:
     return {}
 
 
-LAYER = dict(mixer=use(attention.SelfAttention, heads=2), ffn=use(ffn.Gated, hidden=16))
+def write(folder, kind):
+  layer = use(
+    block.decoder,
+    mixer=use(attention.SelfAttention, heads=2),
+    ffn=use(ffn.Gated, hidden=16),
+  )
+  model = use(kind, vocab=262, embed=8, layers=1, block=layer)
+  return write_run(folder, model, build(model)().init(jax.random.key(0)))
 
 
-def write(folder, kind, **told):
-  told = dict(block=use(block.decoder, **LAYER)) | told
-  cfg = config(model=use(kind, vocab=262, embed=8, layers=1, **told), steps=1)
-  params = build(cfg.model)().init(jax.random.key(0))
+def write_run(folder, model, params):
+  """The workdir of a run that ended with these weights, and the bytes as its vocabulary."""
+  cfg = config(model=model, steps=1)
   saver = checkpoint.Saver(str(folder))
   saver.restore(State(jnp.int32(1), params, ()), Source())
   assert saver.save(1, State(jnp.int32(1), params, ()), {})
@@ -105,33 +108,6 @@ def test_it_serves_a_run_until_it_is_told_to_end(tmp_path, engines, monkeypatch,
   assert sizes == dict(rows=3, queue=5, kv='int8', length=None, pages=None, memory=1.0)
   said = capfd.readouterr()
   assert f'llm-jax: tiny answers at {url}' in said.out and 'Traceback' not in said.err
-
-
-def test_it_serves_an_encoder_decoder(tmp_path, monkeypatch):
-  """The encoder reads the prompt, the answer begins anew; the same text as from `generate`."""
-  cross = use(block.cross_decoder, cross=use(attention.CrossAttention, heads=2), **LAYER)
-  told = dict(encoder_layers=1, encoder_block=use(block.decoder, **LAYER), length=24)
-  folder = write(tmp_path / 't5', transformer.encoder_decoder, block=cross, **told)
-  model, params, words = generate_command.load(folder)
-  asked, settings = ['To be, or', 'not'], dict(max_new=10, temperature=0.0)
-  expected = generate.text(model, params, words, asked, jax.random.key(0), **settings)
-  with serving(folder, monkeypatch, '--rows=2') as url:
-    client = openai.OpenAI(base_url=url + '/v1', api_key='none', max_retries=3)
-    ask = functools.partial(client.completions.create, model='t5', temperature=0, max_tokens=10)
-    answer = ask(prompt=asked, n=2)
-    assert [c.text for c in answer.choices] == [x for x in expected for _ in range(2)]
-    assert answer.usage.prompt_tokens == sum(map(len, asked))
-    pieces = ask(prompt=asked[1], echo=True, stream=True)
-    assert ''.join(c.choices[0].text for c in pieces) == asked[1] + expected[1]
-    for wrong, words in {
-      'the prompt has 25 tokens, the encoder reads 24 at most': dict(prompt='a' * 25),
-      'have no log-probabilities': dict(prompt='a', echo=True, logprobs=1),
-    }.items():
-      with pytest.raises(openai.BadRequestError, match=wrong):
-        ask(**words)
-    with pytest.raises(openai.BadRequestError, match='not for an encoder-decoder'):
-      client.embeddings.create(model='t5', input='a')
-    assert 'llm_jax_engine_blocks_used 0.0' in httpx.get(url + '/metrics').text
 
 
 def test_a_model_that_the_engine_does_not_take(tmp_path, engines, capfd):
