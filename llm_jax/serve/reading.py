@@ -100,6 +100,8 @@ class Prefix(Causal):
 
   def too_long(self, tokens: int) -> str:
     """What is said of a prompt with more than `longest`."""
+    if tokens >= self.length:
+      return super().too_long(tokens)
     return f'the prompt has {tokens} tokens, {self.longest} are read at once at most: shorten it'
 
   def front(self, count: int) -> dict[str, np.ndarray]:
