@@ -4,9 +4,11 @@ r"""A model behind OpenAI's API, and a page to talk to it, until SIGTERM or Ctrl
   llm-jax serve --workdir=DIR --host=0.0.0.0 --port=80 --api_key=...
   llm-jax serve --workdir=DIR --mesh=tensor=4
 
-`/v1/chat/completions` (for models with a chat template), `/v1/completions`, `/v1/embeddings`, `/v1/models`; the page is
-at `/`; `/health`, `/ready` and `/metrics` are for whoever looks after it. Only this machine is served unless --host and
---api_key say otherwise; the key may stand in the variable LLM_JAX_API_KEY instead, where other users do not see it.
+Causal and prefix decoders are served, and encoder-decoders such as T5, whose encoder reads the prompt.
+`/v1/chat/completions` (for models with a chat template), `/v1/completions`, `/v1/embeddings` (of decoders) and
+`/v1/models`; the page is at `/`; `/health`, `/ready` and `/metrics` are for whoever looks after it. Only this machine
+is served unless --host and --api_key say otherwise; the key may stand in the variable LLM_JAX_API_KEY instead, where
+other users do not see it.
 --mesh=tensor=4 splits weights, keys and values over 4 devices of this machine (llm_jax/serve/placement.py).
 """
 
@@ -77,12 +79,9 @@ def _devices(sizes: str | None) -> Any:
 
 def _laid(model: Any, shapes: Any) -> Any:
   """The shapes of the parameters with the devices they are for, where the engine takes the model at all."""
-  from llm_jax.serve import placement
+  from llm_jax.serve import placement, reading
 
-  if model.card.kind != 'causal':
-    raise UserError(
-      f'serve answers with causal models, this one is {model.card.kind}: use llm-jax generate'
-    )
+  reading.kind(model)
   return placement.find(model).laid(model, shapes)
 
 

@@ -203,10 +203,15 @@ def encode(model: Any, vocab: Any, prompt: str) -> list[int]:
   text."""
   check_vocab(model, vocab)
   ids = list(vocab.encode(prompt))
-  sentinels = set(map(int, vocab.sentinels))
   if model.card.kind != 'encoder_decoder':
     return ids if ids or vocab.start is not None else [vocab.eos]
-  return [*ids, vocab.eos] if not ids or sentinels.intersection(ids) else ids
+  return encoded(vocab, ids)
+
+
+def encoded(vocab: Any, ids: Sequence[int]) -> list[int]:
+  """What an encoder reads of a text's ids."""
+  sentinels = set(map(int, vocab.sentinels))
+  return [*ids, vocab.eos] if not ids or sentinels.intersection(ids) else list(ids)
 
 
 def check_vocab(model: Any, vocab: Any) -> None:

@@ -66,7 +66,7 @@ def decoder_only(ends: Ends, decoder: Stack) -> Model:
   ) -> Hidden:
     rngs = _keys(rng, 2)
     x, positions = _embed(decoder, ends, params, batch['inputs'], batch.get('positions'), rngs[0])
-    keys = _length(states) or x.shape[1]
+    keys = _length(batch, states) or x.shape[1]
     segments = None if states is not None or 'segments' not in batch else (batch['segments'],) * 2
     seen = _prefix(batch, keys) if ends.kind == 'prefix' else None
     slots = None if states is None else batch.get('slots', positions)
@@ -126,12 +126,14 @@ def encoder_decoder(ends: Ends, encoder: Stack, decoder: Stack) -> Model:
     rngs = _keys(rng, 3)
     read = None if states is not None and not _unread(states) else encode(params, batch, rngs[2])
     x, positions = _embed(decoder, ends, params, batch['inputs'], batch.get('positions'), rngs[0])
-    keys = _length(states) or x.shape[1]
+    keys = _length(batch, states) or x.shape[1]
     segments = None if states is not None or 'segments' not in batch else (batch['segments'],) * 2
     mask = Mask(True, None, segments, None if states is None else positions)
     bias = _bias(decoder, params, mask, x.shape[1], keys)
     encoded = (read and read.x, _encoded_mask(batch, segments))
-    told = dict(ids=batch['inputs'], real=_real(batch, states))
+    told = dict(ids=batch['inputs'], real=_real(batch, states), pages=batch.get('pages'))
+    if 'encoder/pages' in batch:
+      told['encoded_pages'] = batch['encoder/pages'], batch['encoder/lengths']
     ctx = Context(mask, positions, bias, rngs[1], *encoded, **told)
     found = _run(_upto(decoder, layers), params, x, ctx, states, around)
     return found._replace(aux=stack.add(read.aux, found.aux)) if read else found
@@ -340,10 +342,12 @@ def _initial(part: Stack, ends: Ends, params: Params, rows: int, length: int) ->
   return tree_lib.map_paths(lambda path, x: mesh.shard(x, *names[path]), states)
 
 
-def _length(states: Any) -> int | None:
-  """The number of slots of the attention states; None without."""
+def _length(batch: Batch, states: Any) -> int | None:
+  """The number of slots of the attention states, or of all pages of a row; None without."""
   flat = {} if states is None else tree_lib.flatten(states)
-  return next((x.shape[3] for path, x in flat.items() if path.endswith('mixer/k')), None)
+  ends = 'mixer/k', 'mixer/k/values'
+  length = next((x.shape[3] for path, x in flat.items() if path.endswith(ends)), None)
+  return length if length is None or 'pages' not in batch else length * batch['pages'].shape[1]
 
 
 def _real(batch: Batch, states: Any) -> jax.Array | None:

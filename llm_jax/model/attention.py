@@ -30,8 +30,9 @@ class Context(NamedTuple):
   sees whom there. ids: int [batch, t], the tokens themselves. real: bool [batch, t], with a state: which tokens are no
   padding, None for all; those of a row come first. Attention needs none of it (what padding leaves in a slot is
   overwritten), a recurrent state stays where it is. pages: int32 [batch, n], where the slots of a paged state lie
-  (model/paged.py), None for a state with slots of its own. height: of the layer, where there is a key: 0 for the first
-  of its stack, 1 for the last.
+  (model/paged.py), None for a state with slots of its own. encoded_pages: int32 ([batch, n], [batch]), the same for the
+  state of cross-attention, and how many of its slots are the row's. height: of the layer, where there is a key: 0 for
+  the first of its stack, 1 for the last.
   """
 
   mask: Mask
@@ -43,6 +44,7 @@ class Context(NamedTuple):
   ids: jax.Array | None = None
   real: jax.Array | None = None
   pages: jax.Array | None = None
+  encoded_pages: tuple[jax.Array, jax.Array] | None = None
   height: Any = None
 
 
@@ -206,15 +208,17 @@ class SelfAttention(nn.Module):
   @nn.nowrap
   def _paged(self, q: jax.Array, k: jax.Array, v: jax.Array, ctx: Context, state: State) -> tuple:
     """(output, state) of a call whose state is in pages."""
-    told = ctx.bias is not None or ctx.mask.prefix is not None or ctx.mask.windows is not None
-    if told or self.relative is not None or self.sees is not None:
+    if ctx.mask.windows is not None or self.relative is not None or self.sees is not None:
       raise UserError(
-        'attention in pages has no position bias, prefix, sparse pattern or parallel windows: decode this model with '
+        'attention in pages has no relative positions, sparse pattern or parallel windows: decode this model with '
         'llm-jax generate'
       )
-    state = paged.write(state, dict(k=k, v=v), ctx.pages, ctx.mask.queries, ctx.real)
-    sizes = dict(scale=self.scale, cap=self.cap)
-    return paged.attend(q, state['k'], state['v'], ctx.pages, ctx.mask.queries, **sizes), state
+    slots = ctx.mask.queries
+    state = paged.write(state, dict(k=k, v=v), ctx.pages, slots, ctx.real)
+    if ctx.mask.prefix is not None:  # in pages it is always the first slots
+      slots = jnp.maximum(slots, ctx.mask.prefix.sum(1, keepdims=True) - 1)
+    told = dict(scale=self.scale, cap=self.cap, bias=ctx.bias)
+    return paged.attend(q, state['k'], state['v'], ctx.pages, slots, **told), state
 
   @nn.nowrap
   def _turns(self) -> bool:
@@ -259,7 +263,7 @@ class CrossAttention(nn.Module):
   """Attention of a decoder to `ctx.encoded`; fields as in `SelfAttention`.
 
   Its state is the projected encoder output and who may see it: `{}` asks for it to be made, and once made `ctx.encoded`
-  is not read.
+  is not read. With `ctx.encoded_pages` it is {k, v} of pools (model/paged.py).
   """
 
   heads: int
@@ -278,6 +282,11 @@ class CrossAttention(nn.Module):
   ) -> tuple[jax.Array, State | None]:
     heads, groups, head_dim = _sizes(self, x.shape[-1])
     q = _project(self, 'query', x, 'h', (heads, head_dim))
+    if state and ctx.encoded_pages is not None:
+      table, count = ctx.encoded_pages
+      last = jnp.broadcast_to(jnp.maximum(count - 1, 0)[:, None], x.shape[:2])
+      y = paged.attend(q, state['k'], state['v'], table, last, self.scale, self.cap)
+      return _output(self, y, x.shape[-1]), state
     mask = ctx.encoded_mask
     if state:
       k, v = read(state, q.dtype)

@@ -82,12 +82,14 @@ def attend(
   scale: float | None = None,
   cap: float | None = None,
   block: int | None = None,
+  bias: jax.Array | None = None,
 ) -> jax.Array:
   """[batch, t, heads, head_dim]: each query over the slots up to its own.
 
-  q: [batch, t, heads, head_dim]; k, v: pools; slots: int32 [batch, t]. cap: see model/kernels.py. block: slots at a
-  time, rounded up to pages, None for 128, or for as many as sums over 8 rows need to be over `SUMMED` numbers. On a TPU
-  one query per row, with heads as wide as its registers (a multiple of 128) and plain pools, goes through the kernel of
+  q: [batch, t, heads, head_dim]; k, v: pools; slots: int32 [batch, t], the last that each may see. cap: see
+  model/kernels.py. block: slots at a time, rounded up to pages, None for 128, or for as many as sums over 8 rows need
+  to be over `SUMMED` numbers. bias: f32 [batch or 1, heads, t, n * size] on the logits. On a TPU one query per row,
+  with heads as wide as its registers (a multiple of 128), plain pools and no bias, goes through the kernel of
   jax.experimental.pallas.ops.tpu. On a mesh each device takes its own groups.
   """
   if block is None:
@@ -97,15 +99,18 @@ def attend(
   q = q * jnp.asarray(q.shape[3] ** -0.5 if scale is None else scale, q.dtype)
   walk = functools.partial(_walk, cap=cap, per=per)
   run = walk
-  if q.shape[1] == 1 and q.shape[3] % 128 == 0 and not isinstance(k, weights.Quantized):
+  plain = bias is None and not isinstance(k, weights.Quantized)
+  if q.shape[1] == 1 and q.shape[3] % 128 == 0 and plain:
     kernel = functools.partial(_tpu, cap=cap, per=per)
     run = lambda *told: jax.lax.platform_dependent(*told, tpu=kernel, default=walk)
+  more = () if bias is None else (bias,)
   if mesh.current() is None:
-    return run(q, k, v, table, slots)
+    return run(q, k, v, table, slots, *more)
   split = mesh.spec(*AXES)
   whole, own = jax.sharding.PartitionSpec(), jax.sharding.PartitionSpec(None, None, split[0])
-  told = dict(in_specs=(own, split, split, whole, whole), out_specs=own, check_vma=False)
-  return jax.shard_map(run, **told)(q, k, v, table, slots)
+  heads = (jax.sharding.PartitionSpec(None, split[0]),) * len(more)
+  told = dict(in_specs=(own, split, split, whole, whole, *heads), out_specs=own, check_vma=False)
+  return jax.shard_map(run, **told)(q, k, v, table, slots, *more)
 
 
 def _tpu(q, k, v, table, slots, *, cap: float | None, per: int) -> jax.Array:
@@ -116,12 +121,16 @@ def _tpu(q, k, v, table, slots, *, cap: float | None, per: int) -> jax.Array:
   return paged_attention(q[:, 0], k, v, slots[:, 0] + 1, jnp.maximum(table, 0), **told)[:, None]
 
 
-def _walk(q, k, v, table, slots, *, cap: float | None, per: int) -> jax.Array:
+def _walk(q, k, v, table, slots, bias=None, *, cap: float | None, per: int) -> jax.Array:
   """Scaled queries; a block of `per` pages at a time."""
   (b, t, h, n), (groups, _, size, _) = q.shape, k.shape
   block = per * size
   q = q.reshape(b, t, groups, h // groups, n).transpose(2, 0, 3, 1, 4).reshape(groups, b, -1, n)
   seen_by = jnp.tile(slots, (1, h // groups))[None, :, :, None]  # [1, b, m * t, 1]
+  if bias is not None:
+    bias = jnp.broadcast_to(bias, (b, *bias.shape[1:]))
+    bias = jnp.moveaxis(bias.reshape(b, groups, q.shape[2], -1), 1, 0)
+    bias = jnp.pad(bias, ((0, 0),) * 3 + ((0, table.shape[1] * size - bias.shape[3]),))
 
   def body(j: jax.Array, carry: tuple) -> tuple:
     top, total, out = carry
@@ -130,6 +139,8 @@ def _walk(q, k, v, table, slots, *, cap: float | None, per: int) -> jax.Array:
     logits = jnp.einsum('gbqk,gbsk->gbqs', q, keys, preferred_element_type=jnp.float32)
     if cap is not None:
       logits = cap * jnp.tanh(logits / cap)
+    if bias is not None:
+      logits += jax.lax.dynamic_slice_in_dim(bias, j * block, block, axis=3)
     index = j * block + jnp.arange(block)
     logits = jnp.where(index <= seen_by, logits, HIDDEN)
     higher = jnp.maximum(top, logits.max(-1, keepdims=True))

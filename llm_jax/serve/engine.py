@@ -4,10 +4,11 @@ arXiv:2309.06180).
 One thread goes round: let requests in, read at most `chunks` chunks of prompts, draw a token for everyone whose prompt
 is read. So a long prompt holds the others up by a chunk at a time (chunked prefill, arXiv:2308.16369; SplitFuse,
 arXiv:2401.08671). Keys and values lie in pages, taken as they are needed; when none is left, the request that came last
-gives its own back and starts over, its answer fed in again token by token as it was drawn.
+gives its own back and starts over, its answer fed in again token by token as it was drawn. What a model reads at once
+(serve/reading.py), the input of an encoder or a prompt that is seen in both directions, is one chunk.
 
 A request's answer depends on nobody else, to the bit: not on who is in the batch, on what is cached, or on having been
-sent away. For that, chunks begin at multiples of `device.CHUNK`, only whole chunks of prompts are cached, and what was
+sent away. For that, chunks begin at multiples of `reading.CHUNK`, only whole chunks of prompts are cached, and what was
 drawn is read again one by one.
 """
 
@@ -23,9 +24,10 @@ import numpy as np
 from llm_jax.core.errors import UserError
 from llm_jax.decode import logits as logits_lib
 from llm_jax.model import stack
-from llm_jax.serve import placement
-from llm_jax.serve.device import CHUNK, SETTINGS, Device, Sizes, Told, slot_bytes
+from llm_jax.serve import encoder, placement, reading
+from llm_jax.serve.device import SETTINGS, Device, Sizes, Told, slot_bytes
 from llm_jax.serve.pages import Pages
+from llm_jax.serve.reading import CHUNK
 from llm_jax.serve.requests import Full, Request, Token
 from llm_jax.serve.sequence import Sequence
 
@@ -36,11 +38,13 @@ class Engine:
   params: best with their layers apart already (`stack.apart`); else they are copied so. Made inside `jax.set_mesh`, the
   engine splits them, its pool and its states over the mesh axis `tensor` (serve/placement.py).
 
-  rows: answered at once. length: the longest prompt and answer, None: the model's context. pages: of `page` slots each,
-  None: enough for every row at full length, but no more than fit into `memory` GiB of each device (a single row always
-  fits). kv: 'int8' keeps keys and values in a byte a number. queue: requests that may wait. chunks: of prompts between
-  two tokens. prefix_cache: keeps what prompts begin with. allowed: bool [vocab], the ids that may be drawn, None for
-  all.
+  rows: answered at once. length: the longest prompt and answer (each of them, with an encoder), None: the model's
+  context. pages: of `page` slots each, and as many for an encoder's inputs, None: enough for every row at full length,
+  but no more than fit into `memory` GiB of each device (a single row always fits). kv: 'int8' keeps keys and values in
+  a byte a number. queue: requests that may wait. chunks: of prompts between two tokens. prefix_cache: keeps what
+  prompts begin with, and an encoder's inputs. allowed: bool [vocab], the ids that may be drawn, None for all.
+
+  `reading` is how the model reads (serve/reading.py).
   """
 
   def __init__(
@@ -59,7 +63,7 @@ class Engine:
     prefix_cache: bool = True,
     allowed: np.ndarray | None = None,
   ):
-    self._place = placement.find(model)
+    kind, self._place = reading.kind(model), placement.find(model)
     length = min(x for x in (length, model.card.length, 1 << 20) if x is not None)
     if min(rows, length, page, queue, chunks) < 1 or CHUNK % page:
       raise UserError(
@@ -74,11 +78,12 @@ class Engine:
         row, room = -(-length // page), memory * 2**30 / max(slot_bytes(model, params, kv), 1)
         pages = max(row, min(rows * row, int(room) // page))
       self.length = min(length, pages * page)
-      sizes = Sizes(rows, self.length, page, pages, kv)
-      self._device = Device(model, params, sizes, self._allowed, self._place)
+      self.reading, sizes = kind(self.length), Sizes(rows, self.length, page, pages, kv)
+      self._device = Device(model, params, sizes, self._allowed, self._place, self.reading)
       self._device.warm_up()
     self._vocab, self._table_rows = model.card.vocab, model.card.rows
     self._pages, self._rows, self._chunks = Pages(pages), rows, chunks
+    self._inputs = encoder.Inputs(self._device, prefix_cache)
     self._most, self._cached = queue, prefix_cache and not self._device.recurrent
     self._waiting: collections.deque[Sequence] = collections.deque()
     self._active: list[Sequence] = []  # in the order they were let in
@@ -118,7 +123,7 @@ class Engine:
     done: queue.Queue[Token] = queue.Queue()
     entered = []
     for prompt in prompts:
-      request = Request(tuple(map(int, prompt)), max_new=1)
+      request = self.reading.embed(tuple(map(int, prompt)))
       self._check(request)
       one = Sequence(request, done.put, self._wake.set)
       one.embedding = True
@@ -131,14 +136,16 @@ class Engine:
 
   def stats(self) -> dict[str, float]:
     """Gauges and counters of this moment."""
-    active = list(self._active)
+    active, inputs = list(self._active), self._inputs.pages
     held = {page for one in active for page in one.pages}
+    held |= {('encoder', page) for one in active for page in one.encoded}
+    total = self._pages.total + inputs.total
     return dict(
       running=len(active),
       waiting=len(self._waiting),
-      blocks_total=self._pages.total,
+      blocks_total=total,
       blocks_used=len(held),
-      blocks_cached=self._pages.total - self._pages.free - len(held),
+      blocks_cached=total - self._pages.free - inputs.free - len(held),
       kv_waste=self._waste(),
       compilations_total=self._device.compilations - self._compiled,
       failed=self._failed is not None,
@@ -169,14 +176,9 @@ class Engine:
   def _check(self, request: Request) -> None:
     if not request.prompt or request.max_new < 1:
       raise UserError('a request needs a prompt of at least one token and max_new of at least 1')
-    if len(request.prompt) >= self.length:
-      raise UserError(
-        f'the prompt has {len(request.prompt)} tokens, with its answer it must fit into {self.length}: shorten it'
-      )
-    wrong = [
-      i for i in (*request.prompt, *(b[0] for b in request.bias)) if not 0 <= i < self._vocab
-    ]
-    if wrong:
+    self.reading.check(request)
+    ids = *request.prompt, *request.encoded, *(b[0] for b in request.bias)
+    if wrong := [i for i in ids if not 0 <= i < self._vocab]:
       raise UserError(f'there is no token {wrong[0]}: ids go from 0 to {self._vocab - 1}')
     if request.sampling.no_repeat_ngram:
       raise UserError('the engine has no no_repeat_ngram: use llm-jax generate')
@@ -236,6 +238,7 @@ class Engine:
 
   def _leave(self, one: Sequence) -> None:
     self._pages.drop(one.pages)
+    self._inputs.leave(one)
     one.pages = []
     if one in self._active:
       self._active.remove(one)
@@ -250,6 +253,8 @@ class Engine:
       need = len(self._active) + (-(-len(one.tokens) // size) if twin is None else 1)
       if self._active and self._pages.free + self._pages.cached < need:
         return
+      if not self._inputs.admit(one):
+        return
       with self._lock:
         self._waiting.popleft()
       one.row = min(set(range(self._rows)) - {other.row for other in self._active})
@@ -258,14 +263,13 @@ class Engine:
         self._device.reset(one.row)
       if twin is not None:
         self._fork(twin, one)
-      elif self._cached and not one.whole:
+      elif self._cached and self.reading.cuts and not one.whole:
         self._recall(one)
 
   def _twin(self, one: Sequence) -> Sequence | None:
     """Somebody with the same prompt."""
-    return next(
-      (o for o in self._active if o.request.prompt == one.request.prompt and not o.whole), None
-    )
+    asked = lambda one: (one.request.prompt, one.request.encoded)
+    return next((o for o in self._active if asked(o) == asked(one) and not o.whole), None)
 
   def _fork(self, twin: Sequence, one: Sequence) -> None:
     """Shares the pages of the prompt; who writes first makes a copy."""
@@ -318,18 +322,18 @@ class Engine:
     self._counts['preemptions_total'] += 1
 
   def _read(self) -> None:
-    """Reads the next chunk of the prompt that came first."""
+    """Reads the next chunk of the prompt that came first, the encoder's input before it."""
     one = next((one for one in self._active if one.reading), None)
     if one is None:
       return
     prompt, first = one.request.prompt, one.read
-    end = min(first + CHUNK, len(prompt))
+    end = min(first + self.reading.chunks[-1], len(prompt))
     if not self._room(one, end):
       return
-    tokens = np.zeros(CHUNK, np.int32)
-    tokens[: end - first] = prompt[first:end]
-    x = self._device.read(tokens, end - first, first, self._table([one], 1)[0], one.row)
-    self._counts['prompt_tokens_total'] += end - first
+    self._counts['prompt_tokens_total'] += end - first + one.unread * len(one.request.encoded)
+    self._inputs.read(one)
+    told = self._table([one], 1)[0], one.row, self._inputs.told([one], 1)
+    x = self._device.read(prompt[first:end], first, *told)
     if one.request.prompt_logp:
       following = np.zeros(CHUNK, np.int32)
       after = prompt[first + 1 : end + 1]
@@ -337,7 +341,7 @@ class Engine:
       one.prompt_logp += self._device.prompt_logp(x, following)[: len(after)].tolist()
     one.read = end
     size = self._device.sizes.page
-    if self._cached and not one.whole and end - first == CHUNK:
+    if self._cached and self.reading.cuts and not one.whole and end - first == CHUNK:
       self._pages.keep(prompt[:end], one.pages[first // size : end // size])
     if one.embedding:
       some = np.asarray(x)[: end - first].sum(0)
@@ -366,7 +370,8 @@ class Engine:
     tokens = fill([one.tokens[one.read] for one in ready], 0)
     positions = fill([one.read for one in ready], 0)
     rows = fill([one.row for one in ready], self._rows)
-    x = self._device.step(tokens, positions, self._table(ready, bucket), rows)
+    told = self._table(ready, bucket), rows, self._inputs.told(ready, bucket)
+    x = self._device.step(tokens, positions, *told)
     self._counts['steps_total'] += 1
     self._note_waste()
     for one in ready:
@@ -423,9 +428,10 @@ class Engine:
   # --- the waste of the KV pool -------------------------------------------------------------------------
 
   def _note_waste(self) -> None:
-    held = sum(len(one.pages) for one in self._active) * self._device.sizes.page
-    self._counts['held_slot_steps'] += held
-    self._counts['used_slot_steps'] += sum(one.read for one in self._active)
+    held = sum(len(one.pages) + len(one.encoded) for one in self._active)
+    self._counts['held_slot_steps'] += held * self._device.sizes.page
+    used = sum(one.read + len(one.request.encoded) for one in self._active)
+    self._counts['used_slot_steps'] += used
 
   def _waste(self) -> float:
     """The part of the slots held by requests that nothing was written to, over all steps so far."""

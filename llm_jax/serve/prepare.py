@@ -11,6 +11,7 @@ from typing import Any, NamedTuple
 from llm_jax.core.errors import UserError
 from llm_jax.data import chat, templates
 from llm_jax.serve import api, tools
+from llm_jax.serve.reading import Causal
 from llm_jax.serve.requests import Request
 
 
@@ -38,8 +39,8 @@ class Job(NamedTuple):
   drop: bool = False
 
 
-def completion(body: api.Completion, vocab: Any, length: int, limits: api.Limits) -> Job:
-  """Raises `Refused` and `UserError` for what cannot be done. length: of the engine."""
+def completion(body: api.Completion, vocab: Any, reading: Causal, limits: api.Limits) -> Job:
+  """Raises `Refused` and `UserError` for what cannot be done. reading: of the engine."""
   if body.suffix:
     raise api.Refused(400, 'suffix is not supported: the model writes what follows', param='suffix')
   texts = _inputs(body.prompt, vocab, limits, 'prompt')
@@ -59,17 +60,16 @@ def completion(body: api.Completion, vocab: Any, length: int, limits: api.Limits
   shared |= dict(prompt_logp=bool(body.echo and body.logprobs is not None))
   seeds, prompts = _seeds(body.seed, best), []
   for ids, text in texts:
-    front = () if vocab.start is None else (vocab.start,)
-    ids = (*front, *ids) or (vocab.eos,)
-    start = len(front) if text else len(ids)
+    ids, front = reading.text(ids, vocab)
+    start = front if text else len(ids)
     given = body.max_tokens is not None and not drop
-    room = _room(len(ids), most, given, length, limits, 'max_tokens')
-    ask = Request(ids, max_new=room, **shared)
+    room = _room(len(ids), most, given, reading, limits, 'max_tokens')
+    ask = reading.ask(ids, vocab)._replace(max_new=room, **shared)
     prompts.append(Prompt(ids, start, text, tuple(ask._replace(seed=s) for s in seeds)))
-  return Job(prompts, body.stops(limits), n, True, tools.Plain, drop)
+  return Job(prompts, body.stops(limits), n, reading.said, tools.Plain, drop)
 
 
-def conversation(body: api.Chat, vocab: Any, length: int, limits: api.Limits) -> Job:
+def conversation(body: api.Chat, vocab: Any, reading: Causal, limits: api.Limits) -> Job:
   """Raises `Refused` and `UserError` for what cannot be done, for instance without a chat template."""
   if vocab.template is None:
     words = 'this model has no chat template, it was not taught to converse: use /v1/completions'
@@ -82,32 +82,30 @@ def conversation(body: api.Chat, vocab: Any, length: int, limits: api.Limits) ->
   native = chat.takes(vocab.template, 'tools')
   told = dict(tools=[tools.listed(f) for f in functions]) if functions and native else {}
   said = tools.messages(body, functions, native)
-  ids = tuple(templates.prompt(vocab, said, **told)) or (vocab.eos,)
+  ids = reading.turns(tuple(templates.prompt(vocab, said, **told)), vocab)
   if body.max_completion_tokens is not None:
     asked, field = body.max_completion_tokens, 'max_completion_tokens'
   else:
     asked, field = body.max_tokens, 'max_tokens'
-  most = length if asked is None else asked
+  most = reading.length if asked is None else asked
   shared = _shared(body, vocab)
   shared |= dict(ends=tuple({vocab.turn, vocab.eos}), top=body.top_logprobs or 0)
-  room = _room(len(ids), most, asked is not None, length, limits, field)
+  room = _room(len(ids), most, asked is not None, reading, limits, field)
   make = _constraint(body, vocab, functions, forced)
-  ask = Request(ids, max_new=room, **shared)
+  ask = reading.ask(ids, vocab)._replace(max_new=room, **shared)
   samples = tuple(ask._replace(seed=s, constraint=make()) for s in _seeds(body.seed, n))
   hear = tools.Forced if forced else tools.Reader if functions else tools.Plain
   return Job([Prompt(ids, len(ids), '', samples)], body.stops(limits), n, False, hear)
 
 
 def embedding(
-  body: api.Embedding, vocab: Any, length: int, limits: api.Limits
+  body: api.Embedding, vocab: Any, reading: Causal, limits: api.Limits
 ) -> list[tuple[int, ...]]:
   """The ids of every input."""
-  front = () if vocab.start is None else (vocab.start,)
   found = []
   for ids, _ in _inputs(body.input, vocab, limits, 'input'):
-    ids = (*front, *ids) or (vocab.eos,)
-    if len(ids) >= length:
-      raise _too_long(len(ids), length)
+    ids, _ = reading.text(ids, vocab)
+    _check_long(len(ids), reading)
     found.append(ids)
   return found
 
@@ -147,21 +145,22 @@ def _check_n(n: int, limits: api.Limits) -> None:
     raise api.Refused(400, f'at most {limits.n} answers to a prompt, got {n}', param='n')
 
 
-def _too_long(prompt: int, length: int) -> api.Refused:
-  words = f'the prompt has {prompt} tokens, the context holds {length}: shorten it'
-  return api.Refused(400, words, code='context_length_exceeded')
+def _check_long(prompt: int, reading: Causal) -> None:
+  if prompt > reading.longest:
+    raise api.Refused(400, reading.too_long(prompt), code='context_length_exceeded')
 
 
-def _room(prompt: int, most: int, given: bool, length: int, limits: api.Limits, field: str) -> int:
+def _room(
+  prompt: int, most: int, given: bool, reading: Causal, limits: api.Limits, field: str
+) -> int:
   """The tokens that an answer may have. given: whether the client asked for `most` itself.
 
   An answer that the context has no room for ends with finish_reason 'length', as OpenAI's do."""
-  if prompt + 1 > length:
-    raise _too_long(prompt, length)
-  cap = limits.max_tokens or length
+  _check_long(prompt, reading)
+  cap = limits.max_tokens or reading.length
   if given and most > cap:
     raise api.Refused(400, f'{field} is at most {cap} here, got {most}', param=field)
-  return min(most, cap, length - prompt)
+  return min(most, cap, reading.room(prompt))
 
 
 def _constraint(

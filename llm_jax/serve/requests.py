@@ -26,11 +26,12 @@ class Constraint(Protocol):
 class Request(NamedTuple):
   """One prompt to be answered once.
 
-  prompt: all ids that the model reads, a start token among them. max_new: tokens of the answer at most. sampling:
+  prompt: all ids that the decoder reads, a start token among them. max_new: tokens of the answer at most. sampling:
   numbers, not arrays. seed: the same seed gives the same answer, whoever else is being served. ends: ids that end the
   answer; they are reported and counted, not shown. bias: (id, what is added to its logit) pairs. top: so many of the
   likeliest tokens are reported with each token, at most `MOST_TOP`. prompt_logp: whether the log-probabilities of the
-  prompt's own tokens are wanted. constraint: None or a `Constraint`.
+  prompt's own tokens are wanted. constraint: None or a `Constraint`. encoded: all ids that the encoder reads, () for a
+  model without one.
   """
 
   prompt: tuple[int, ...]
@@ -42,6 +43,7 @@ class Request(NamedTuple):
   top: int = 0
   prompt_logp: bool = False
   constraint: Constraint | None = None
+  encoded: tuple[int, ...] = ()
 
 
 class Token(NamedTuple):

@@ -12,9 +12,9 @@ from llm_jax.serve.requests import Request, Token
 class Sequence:
   """A request, what came of it so far, and where its keys and values lie. It is the `Ticket` too.
 
-  tokens: prompt and answer. read: how many of them are in the KV pool; the last one drawn is not. pages: its table.
-  row: where it stands in the engine, None while it waits. first: the model's output for the prompt's last token, f32
-  [embed], once the prompt is read.
+  tokens: prompt and answer. read: how many of them are in the KV pool; the last one drawn is not. pages: its table;
+  encoded: that of the encoder's input, unread: whether the encoder has to run. row: where it stands in the engine, None
+  while it waits. first: the model's output for the prompt's last token, f32 [embed], once the prompt is read.
   """
 
   def __init__(self, request: Request, listener: Callable[[Token], None], wake: Callable[[], None]):
@@ -22,6 +22,8 @@ class Sequence:
     self.tokens = list(request.prompt)
     self.read = 0
     self.pages: list[int] = []
+    self.encoded: list[int] = []
+    self.unread = False
     self.row: int | None = None
     self.first: np.ndarray | None = None
     self.prompt_logp: list[float | None] | None = [None] if request.prompt_logp else None

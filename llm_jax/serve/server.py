@@ -61,7 +61,7 @@ class Service:
   ) -> Response:
     """Answers a completion of either kind."""
     self.check_model(body.model)
-    told = body, self.vocab, self.engine.length, self.limits
+    told = body, self.vocab, self.engine.reading, self.limits
     job = await asyncio.to_thread(ready, *told)
     shared = dict(engine=self.engine, vocab=self.vocab, names=self.names, model=self.name)
     try:
@@ -84,7 +84,7 @@ class Service:
       raise Refused(429, 'too many embeddings at a time: try again later', retry_after=1)
     self.embedding += 1
     try:
-      told = body, self.vocab, self.engine.length, self.limits
+      told = body, self.vocab, self.engine.reading, self.limits
       prompts = await asyncio.to_thread(prepare.embedding, *told)
       work = asyncio.to_thread(self.engine.embed, prompts)
       async with asyncio.timeout(self.limits.timeout):

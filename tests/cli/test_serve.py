@@ -1,5 +1,6 @@
 """`llm-jax serve` on a run, its engine replaced by that of tests/serve/fake.py: which flags go where, and its end."""
 
+import contextlib
 import threading
 import types
 
@@ -34,8 +35,13 @@ def write(folder, kind):
     mixer=use(attention.SelfAttention, heads=2),
     ffn=use(ffn.Gated, hidden=16),
   )
-  cfg = config(model=use(kind, vocab=262, embed=8, layers=1, block=layer), steps=1)
-  params = build(cfg.model)().init(jax.random.key(0))
+  model = use(kind, vocab=262, embed=8, layers=1, block=layer)
+  return write_run(folder, model, build(model)().init(jax.random.key(0)))
+
+
+def write_run(folder, model, params):
+  """The workdir of a run that ended with these weights, and the bytes as its vocabulary."""
+  cfg = config(model=model, steps=1)
   saver = checkpoint.Saver(str(folder))
   saver.restore(State(jnp.int32(1), params, ()), Source())
   assert saver.save(1, State(jnp.int32(1), params, ()), {})
@@ -58,10 +64,10 @@ def engines(monkeypatch):
   return made
 
 
-def test_it_serves_a_run_until_it_is_told_to_end(tmp_path, engines, monkeypatch, capfd):
-  folder = write(tmp_path / 'tiny', transformer.causal)
-  started, done = threading.Event(), []
-  run = server.run
+@contextlib.contextmanager
+def serving(folder, monkeypatch, *flags):
+  """The address of `llm-jax serve` in a thread of its own; afterwards it has been told to end, and did with 0."""
+  started, done, run = threading.Event(), [], server.run
 
   def told(made, sock, **more):
     done.append(made)
@@ -70,36 +76,44 @@ def test_it_serves_a_run_until_it_is_told_to_end(tmp_path, engines, monkeypatch,
     run(made, sock, **more)
 
   monkeypatch.setattr(server, 'run', told)
-  monkeypatch.setenv('LLM_JAX_API_KEY', 'sesame')
-  flags = ['--port=0', '--rows=3', '--queue=5', '--kv=int8', '--max_tokens=7', '--max_body=5000']
-  thread = threading.Thread(
-    target=lambda: done.append(main.main(['serve', f'--workdir={folder}', *flags]))
-  )
+  asked = ['serve', f'--workdir={folder}', '--port=0', *flags]
+  thread = threading.Thread(target=lambda: done.append(main.main(asked)))
   thread.start()
   assert started.wait(120)
-  client = openai.OpenAI(base_url=started.url + '/v1', api_key='sesame', max_retries=3)
-  assert client.completions.create(model='tiny', prompt='say:hello').choices[0].text == 'hello'
-  with pytest.raises(openai.BadRequestError, match='at most 7'):
-    client.completions.create(model='tiny', prompt='a', max_tokens=8)
-  assert httpx.get(started.url + '/v1/models').status_code == 401
-  assert httpx.post(started.url + '/v1/completions', content=b' ' * 5001,
-                    headers=dict(authorization='Bearer sesame')).status_code == 413  # fmt: skip
-  done[0].state.server.handle_exit(15, None)
-  thread.join(60)
+  try:
+    yield started.url
+  finally:
+    done[0].state.server.handle_exit(15, None)
+    thread.join(60)
   assert done[1] == 0
+
+
+def test_it_serves_a_run_until_it_is_told_to_end(tmp_path, engines, monkeypatch, capfd):
+  folder = write(tmp_path / 'tiny', transformer.causal)
+  monkeypatch.setenv('LLM_JAX_API_KEY', 'sesame')
+  flags = ['--rows=3', '--queue=5', '--kv=int8', '--max_tokens=7', '--max_body=5000']
+  with serving(folder, monkeypatch, *flags) as url:
+    client = openai.OpenAI(base_url=url + '/v1', api_key='sesame', max_retries=3)
+    answer = client.completions.create(model='tiny', prompt='say:hello')
+    assert answer.choices[0].text == 'hello'
+    with pytest.raises(openai.BadRequestError, match='at most 7'):
+      client.completions.create(model='tiny', prompt='a', max_tokens=8)
+    assert httpx.get(url + '/v1/models').status_code == 401
+    assert httpx.post(url + '/v1/completions', content=b' ' * 5001,
+                      headers=dict(authorization='Bearer sesame')).status_code == 413  # fmt: skip
   ((model, _, sizes),) = engines
   assert model.card.vocab == 262
   allowed = sizes.pop('allowed')
   assert not allowed[0] and allowed[1:259].all()  # padding is never drawn
   assert sizes == dict(rows=3, queue=5, kv='int8', length=None, pages=None, memory=1.0)
   said = capfd.readouterr()
-  assert f'llm-jax: tiny answers at {started.url}' in said.out and 'Traceback' not in said.err
+  assert f'llm-jax: tiny answers at {url}' in said.out and 'Traceback' not in said.err
 
 
 def test_a_model_that_the_engine_does_not_take(tmp_path, engines, capfd):
-  folder = write(tmp_path / 'tiny', transformer.prefix)
+  folder = write(tmp_path / 'tiny', transformer.encoder)
   assert main.main(['serve', f'--workdir={folder}', '--port=0']) == 2
-  assert 'this one is prefix: use llm-jax generate' in capfd.readouterr().err
+  assert "of kind 'encoder' and writes nothing" in capfd.readouterr().err
 
 
 def test_a_mesh_splits_what_is_loaded_and_a_wrong_one_is_refused(

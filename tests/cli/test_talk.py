@@ -6,7 +6,7 @@ import pytest
 
 from llm_jax.cli import main
 from llm_jax.data import templates, vocab
-from llm_jax.serve import api, prepare
+from llm_jax.serve import api, prepare, reading
 from tests.cli import talk
 from tests.variants import variants
 
@@ -26,7 +26,7 @@ def test_a_tuned_model_answers_in_its_template(template, tmp_path, capfd):
 
   words = vocab.load(f'{folder}/vocab')
   body = api.Chat(model='run', messages=[dict(role='user', content=talk.ASKED)])
-  (prompt,) = prepare.conversation(body, words, 320, api.Limits()).prompts
+  (prompt,) = prepare.conversation(body, words, reading.Causal(320), api.Limits()).prompts
   said = [dict(role='user', content=talk.ASKED), dict(role='assistant', content=talk.SAID)]
   program = templates.ALL[template]
   ids, _ = templates.encode(vocab.bytes_(extra_ids=0), said, program)

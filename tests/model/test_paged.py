@@ -37,14 +37,24 @@ def filled(dtype, lengths: list[int], seed: int = 0) -> tuple:
 
 
 @pytest.mark.parametrize('t', [1, 3])
-@pytest.mark.parametrize(('block', 'cap'), [(4, None), (7, 5.0), (64, None)])
-def test_pages_are_attention_over_the_whole(t, block, cap):
+@pytest.mark.parametrize(
+  ('block', 'cap', 'biased'),
+  [(4, None, False), (7, 5.0, True), (64, None, False)],
+)
+def test_pages_are_attention_over_the_whole(t, block, cap, biased):
   lengths = [13, 4, 30, 8]
   state, table, k, v = filled(jnp.float32, lengths)
   q = jnp.asarray(np.random.default_rng(1).normal(size=(4, t, HEADS, WIDE)), jnp.float32)
   slots = np.array(lengths)[:, None] - t + np.arange(t)
-  found = paged.attend(q, state['k'], state['v'], table, slots, cap=cap, block=block)
-  expected = kernels.reference(q, k, v, Mask(True, queries=jnp.asarray(slots)), cap=cap)
+  bias = None
+  if biased:
+    shape = 4, HEADS, t, table.shape[1] * SIZE
+    bias = jnp.asarray(np.random.default_rng(2).normal(size=shape), jnp.float32)
+  told = dict(cap=cap, block=block, bias=bias)
+  found = paged.attend(q, state['k'], state['v'], table, slots, **told)
+  bias = None if bias is None else bias[..., : k.shape[1]]
+  mask = Mask(True, queries=jnp.asarray(slots))
+  expected = kernels.reference(q, k, v, mask, bias, cap=cap)
   np.testing.assert_allclose(found, expected, atol=2e-6)
 
 

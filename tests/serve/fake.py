@@ -16,6 +16,7 @@ import numpy as np
 
 from llm_jax.core.errors import UserError
 from llm_jax.data import vocab
+from llm_jax.serve.reading import Causal
 from llm_jax.serve.requests import Full, Token
 
 BLOCK = 16
@@ -57,6 +58,7 @@ class Engine:
 
   def __init__(self, words, *, length=512, delay=0.0, rows=8, queue=64):
     self.words, self.length, self.delay, self.rows, self.queue = words, length, delay, rows, queue
+    self.reading = Causal(length)
     self.requests, self.cancelled, self.broken = [], 0, False
     self._waiting, self._running, self._closed = [], [], False
     self._totals = dict(tokens_total=0, prompt_tokens_total=0, requests_total=0)

@@ -36,6 +36,8 @@ def make(kind: str = 'attention'):
     feed = functools.partial(moe.MoE, 4, functools.partial(ffn.Gated, hidden=32))
   if kind == 'alibi':
     mixer, settings = functools.partial(mixer, rotate=None), settings | dict(bias=positions.Alibi)
+  if kind == 'relative':
+    mixer = functools.partial(mixer, rotate=None, relative=positions.TransformerXL)
   layer = functools.partial(block.decoder, mixer=mixer, ffn=feed)
   if kind == 'mamba':
     layer = functools.partial(block.mixers, mixer=mamba.Mamba)
@@ -81,7 +83,7 @@ MIXED = [
 ]
 
 
-KINDS = ('attention', 'window', 'mamba', 'experts')
+KINDS = ('attention', 'window', 'mamba', 'experts', 'alibi')
 
 
 @pytest.mark.parametrize('kind', variants(KINDS, ['attention', 'mamba']))
@@ -315,6 +317,6 @@ def test_the_pool_fits_into_its_memory_but_holds_a_row_at_least():
 
 def test_models_it_does_not_serve():
   with pytest.raises(UserError, match='llm-jax generate'):
-    Engine(*make('alibi'), rows=1, length=LENGTH)
+    Engine(*make('relative'), rows=1, length=LENGTH)
   with pytest.raises(UserError, match='page=12'):
     Engine(*make(), page=12)

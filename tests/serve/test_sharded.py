@@ -10,7 +10,7 @@ import pytest
 from llm_jax.core import mesh
 from llm_jax.core.errors import UserError
 from llm_jax.decode.logits import Sampling
-from llm_jax.model import attention, block, ffn, moe, transformer
+from llm_jax.model import attention, block, ffn, moe, positions, transformer
 from llm_jax.model.recurrent import mamba
 from llm_jax.serve import placement
 from llm_jax.serve.device import slot_bytes
@@ -40,10 +40,19 @@ def make(
     mixer = functools.partial(mixer, window=24, sinks=2)
   if kind == 'experts':
     feed = functools.partial(moe.MoE, 4, functools.partial(ffn.Gated, hidden=32))
-  layer = functools.partial(block.decoder, mixer=mixer, ffn=feed)
+  layer, build = functools.partial(block.decoder, mixer=mixer, ffn=feed), transformer.causal
   if kind == 'mamba':
     layer = functools.partial(block.mixers, mixer=mamba.Mamba)
-  model = transformer.causal(vocab=vocab, embed=embed, layers=1, length=96, block=layer)
+  if kind == 'prefix':
+    build = transformer.prefix
+  if kind == 'encoder_decoder':
+    mixer = functools.partial(mixer, rotate=None)
+    cross = functools.partial(attention.CrossAttention, heads=heads, groups=groups, head_dim=16)
+    one = functools.partial(block.decoder, mixer=mixer, ffn=feed)
+    layer = functools.partial(block.cross_decoder, mixer=mixer, cross=cross, ffn=feed)
+    build = functools.partial(transformer.encoder_decoder, encoder_layers=1, encoder_block=one)
+    build = functools.partial(build, bias=positions.Buckets)
+  model = build(vocab=vocab, embed=embed, layers=1, length=96, block=layer)
   shapes, rng = jax.eval_shape(model.init, jax.random.key(0)), np.random.default_rng(1)
   draw = lambda x: jnp.asarray(rng.normal(size=x.shape) * 0.2, x.dtype)
   return model, jax.tree.map(draw, shapes)
@@ -71,6 +80,8 @@ CASES = {
   'window': (dict(kind='window'), 2, None),
   'mamba': (dict(kind='mamba'), 4, None),
   'experts': (dict(kind='experts'), 2, None),
+  'prefix': (dict(kind='prefix'), 2, None),
+  'encoder and decoder': (dict(kind='encoder_decoder'), 2, None),
 }
 
 
@@ -79,14 +90,18 @@ def test_on_a_mesh_it_answers_as_on_one_device(case):
   """Each device holds its part of the memory, nothing is compiled later, and no answer depends on the others."""
   told, ways, kv = CASES[case]
   model, params = make(**told)
+  put = lambda r: r
+  if told.get('kind') == 'encoder_decoder':
+    put = lambda r: r._replace(prompt=(0,), encoded=r.prompt)
+  asked = [put(request) for request in ASKED]
   with Engine(model, params, kv=kv, **SIZES) as engine:
-    expected, whole = together(engine, ASKED), held(engine)
+    expected, whole = together(engine, asked), held(engine)
   with jax.set_mesh(mesh.make(data=1, tensor=ways)):
     engine = Engine(model, params, kv=kv, **SIZES)
   with engine:
-    alone = [engine.answer(request) for request in ASKED]
-    crowd = [Request(prompt(100 + i, 3 + 9 * i), 12, DRAWN, seed=i) for i in range(9)]
-    among = together(engine, crowd[:5] + ASKED + crowd[5:])[5:9]
+    alone = [engine.answer(request) for request in asked]
+    crowd = [put(Request(prompt(100 + i, 3 + 9 * i), 12, DRAWN, seed=i)) for i in range(9)]
+    among = together(engine, crowd[:5] + asked + crowd[5:])[5:9]
     if told.get('kind') == 'experts':  # they multiply what comes from all rows at once
       assert_close(among, alone, 2e-6)
     else:
