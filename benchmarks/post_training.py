@@ -10,8 +10,8 @@ each of TRL's, and the median counts. What is compared is work done in a second:
 
   sft    tokens of examples, padding not counted: 24 examples a batch, padded by TRL to the longest; packed by us into 8
          rows of 256
-  dpo    pairs: 8 a batch, the reference's log-probabilities computed in the step, at most 160 tokens; both pad to the
-         longest of a batch, we to a multiple of 32
+  dpo    pairs of at most 160 tokens a side, the reference's log-probabilities computed in the step: 8 a batch, padded
+         by TRL to the longest; packed by us into 4 rows of 256, each prompt read once
   grpo   answers: 8 prompts x 8 answers of at most 64 tokens, generated, scored by a function of the text, learned from
 
 `compilations` are those of llm_jax after its first steps, which see every shape.
@@ -31,6 +31,7 @@ import numpy as np
 
 VOCAB, LONGEST, RATE = 2048, 160, 1e-4
 EXAMPLES, PAIRS, PROMPTS, GROUP, NEW = 24, 8, 8, 8, 64
+ROWS, WIDTH = 4, 256  # of packed pairs
 TEMPLATE = 'alpaca'
 WARM = dict(sft=2, dpo=20, grpo=2)  # steps before the clock runs
 
@@ -122,20 +123,21 @@ def sft(run: str) -> Ours:
 
 def dpo(run: str) -> Ours:
   """Polite and impolite answers."""
+  from llm_jax.data import pairs
   from llm_jax.objectives import preference
   from llm_jax.rl import annotate
 
   def source(model: Any, words: Any) -> Any:
-    return annotate.with_reference(model, source=lambda m: _pairs(m, words), ref=run)
+    packed = functools.partial(pairs.packed, data=_data(words), batch=ROWS, length=WIDTH)
+    return annotate.with_reference(model, source=packed, ref=run)
 
-  return Ours(run, source, preference.dpo, lambda b: float(len(b['chosen/inputs'])))
+  return Ours(run, source, preference.dpo, lambda b: float(b['compared'].sum()))
 
 
-def _pairs(model: Any, words: Any) -> Any:
+def _data(words: Any) -> Any:
   from llm_jax.data import pairs
 
-  data = functools.partial(pairs.politeness, template=TEMPLATE, vocab=lambda text: words)
-  return pairs.pairs(model, data=data, batch=PAIRS, length=LONGEST, left_out=0.1, trim=32)
+  return functools.partial(pairs.politeness, template=TEMPLATE, vocab=lambda text: words)
 
 
 def grpo(run: str) -> Ours:
@@ -234,8 +236,11 @@ def single(model: Any, words: Any) -> list[dict]:
 
 def both(model: Any, words: Any) -> list[dict]:
   """The same pairs as ids."""
+  from llm_jax.data import pairs
+
+  told = dict(data=_data(words), batch=PAIRS, length=LONGEST, left_out=0.1)
   found = []
-  for batch in _pairs(model, words).once():
+  for batch in pairs.pairs(model, **told).once():
     for row in range(len(batch['chosen/inputs'])):
       ids = {}
       for side in ('chosen', 'rejected'):
