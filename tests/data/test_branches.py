@@ -12,7 +12,7 @@ from llm_jax.data import branches, pairs
 from tests.data import test_pairs
 from tests.data.conftest import says
 
-LENGTH = 200
+LENGTH = 240
 path = test_pairs.path  # the fixture
 
 
