@@ -10,8 +10,8 @@ each of TRL's, and the median counts. What is compared is work done in a second:
 
   sft    tokens of examples, padding not counted: 24 examples a batch, padded by TRL to the longest; packed by us into 8
          rows of 256
-  dpo    pairs: 8 a batch, the reference's log-probabilities computed in the step, at most 160 tokens; both pad to the
-         longest of a batch, we to a multiple of 32
+  dpo    pairs of at most 160 tokens a side, the reference's log-probabilities computed in the step: 8 a batch, padded
+         by TRL to the longest; packed by us into 4 rows of 256, each prompt read once
   grpo   answers: 8 prompts x 8 answers of at most 64 tokens, generated, scored by a function of the text, learned from
 
 `compilations` are those of llm_jax after its first steps, which see every shape.
@@ -31,8 +31,9 @@ import numpy as np
 
 VOCAB, LONGEST, RATE = 2048, 160, 1e-4
 EXAMPLES, PAIRS, PROMPTS, GROUP, NEW = 24, 8, 8, 8, 64
+ROWS, WIDTH = 4, 256  # of packed pairs
 TEMPLATE = 'alpaca'
-WARM = dict(sft=2, dpo=20, grpo=2)  # steps before the clock runs
+WARM = dict(sft=2, dpo=2, grpo=2)  # steps before the clock runs
 
 
 def write(folder: str) -> Any:
@@ -122,20 +123,23 @@ def sft(run: str) -> Ours:
 
 def dpo(run: str) -> Ours:
   """Polite and impolite answers."""
+  from llm_jax.data import pairs
   from llm_jax.objectives import preference
   from llm_jax.rl import annotate
 
   def source(model: Any, words: Any) -> Any:
-    return annotate.with_reference(model, source=lambda m: _pairs(m, words), ref=run)
+    packed = functools.partial(
+      pairs.packed, data=_data(words), batch=ROWS, length=WIDTH, left_out=0.01
+    )
+    return annotate.with_reference(model, source=packed, ref=run)
 
-  return Ours(run, source, preference.dpo, lambda b: float(len(b['chosen/inputs'])))
+  return Ours(run, source, preference.dpo, lambda b: float(b['compared'].sum()))
 
 
-def _pairs(model: Any, words: Any) -> Any:
+def _data(words: Any) -> Any:
   from llm_jax.data import pairs
 
-  data = functools.partial(pairs.politeness, template=TEMPLATE, vocab=lambda text: words)
-  return pairs.pairs(model, data=data, batch=PAIRS, length=LONGEST, left_out=0.1, trim=32)
+  return functools.partial(pairs.politeness, template=TEMPLATE, vocab=lambda text: words)
 
 
 def grpo(run: str) -> Ours:
@@ -234,8 +238,11 @@ def single(model: Any, words: Any) -> list[dict]:
 
 def both(model: Any, words: Any) -> list[dict]:
   """The same pairs as ids."""
+  from llm_jax.data import pairs
+
+  told = dict(data=_data(words), batch=PAIRS, length=LONGEST, left_out=0.1)
   found = []
-  for batch in _pairs(model, words).once():
+  for batch in pairs.pairs(model, **told).once():
     for row in range(len(batch['chosen/inputs'])):
       ids = {}
       for side in ('chosen', 'rejected'):
@@ -248,12 +255,22 @@ def both(model: Any, words: Any) -> list[dict]:
   return found
 
 
+def clocks() -> tuple[float, float]:
+  """Wall time and the CPU time of all threads, in seconds."""
+  return time.perf_counter(), time.process_time()
+
+
+def since(start: tuple[float, float], end: tuple[float, float]) -> tuple[float, float]:
+  """What lies between two readings."""
+  return end[0] - start[0], end[1] - start[1]
+
+
 def compare(kind: str, folder: str, tokenizer: Any, run: str, steps: int) -> None:
   """Prints one line."""
   import transformers as hf
 
   ours = dict(sft=sft, dpo=dpo, grpo=grpo)[kind](run)
-  times: dict[str, list[float]] = dict(trl=[], ours=[])
+  times: dict[str, list[tuple[float, float]]] = dict(trl=[], ours=[])
   work: dict[str, list[float]] = dict(trl=[], ours=[])
 
   class Turns(hf.TrainerCallback):
@@ -262,14 +279,14 @@ def compare(kind: str, folder: str, tokenizer: Any, run: str, steps: int) -> Non
     def on_train_begin(self, *args: Any, **kwargs: Any) -> None:
       for _ in range(WARM[kind]):
         ours()
-      ours.compiled, self.start = 0, time.perf_counter()
+      ours.compiled, self.start = 0, clocks()
 
     def on_step_end(self, *args: Any, **kwargs: Any) -> None:
-      now = time.perf_counter()
-      times['trl'].append(now - self.start)
+      now = clocks()
+      times['trl'].append(since(self.start, now))
       work['ours'].append(ours())
-      times['ours'].append(time.perf_counter() - now)
-      self.start = time.perf_counter()
+      times['ours'].append(since(now, clocks()))
+      self.start = clocks()
 
   peer = trainer(kind, folder, tokenizer, run, steps, Turns())
   collate = peer.data_collator
@@ -282,16 +299,16 @@ def compare(kind: str, folder: str, tokenizer: Any, run: str, steps: int) -> Non
 
   peer.data_collator = counted
   peer.train()
-  speed = {}
+  speed, wall, cpu = {}, {}, {}
   for name, taken in times.items():
-    done = statistics.median(work[name][: len(taken)])
-    speed[name] = done / statistics.median(taken[1:])
+    done = statistics.fmean(work[name][1 : len(taken)])
+    wall[name], cpu[name] = (statistics.median(t) for t in zip(*taken[1:], strict=True))
+    speed[name] = done / wall[name]
   unit = dict(sft='tokens', dpo='pairs', grpo='answers')[kind]
-  seconds = {name: statistics.median(taken[1:]) for name, taken in times.items()}
   ratio = speed['ours'] / speed['trl']
   print(
     f'{kind:5} TRL {speed["trl"]:9.1f} {unit}/s, llm_jax {speed["ours"]:9.1f}: {ratio:.2f} times as fast; '
-    f'steps {seconds["trl"]:.2f} and {seconds["ours"]:.2f} s; '
+    f'steps {wall["trl"]:.2f} and {wall["ours"]:.2f} s, {cpu["trl"]:.2f} and {cpu["ours"]:.2f} CPU-seconds; '
     f'compilations {ours.compiled}; our loss {ours.losses[0]:.3f} to {ours.losses[-1]:.3f}',
     flush=True,
   )

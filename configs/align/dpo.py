@@ -37,13 +37,13 @@ def get_config(text=None):
   return finish(c, source, use(preference.dpo, beta=0.1))
 
 
-def start(text):
+def start(text, sizes=SIZES):
   """(a config without source and objective, its arguments): size, run, batch, length, steps, peak."""
   size = (text or '').split(',')[0]
   size = size if size and '=' not in size else 'smollm2'
-  if size not in SIZES:
-    raise UserError(f'no size {size!r}; {nearest(size, SIZES)}')
-  arg = variant(text, size='smollm2', **SIZES[size])
+  if size not in sizes:
+    raise UserError(f'no size {size!r}; {nearest(size, sizes)}')
+  arg = variant(text, size='smollm2', **sizes[size])
   c = lm.get_config(f'batch={arg.batch},length={arg.length},steps={arg.steps}')
   if arg.run:
     c.model = sft.trained(arg.run)

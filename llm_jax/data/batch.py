@@ -8,6 +8,8 @@ r"""The batch: what every array in it means, how examples become rows, and how r
     segments           [batch, length] int32       1, 2 ... per example in the row; 0 = padding
     prefix             [batch, length] bool        keys that every query of the segment may see: positions 0 .. P, where
                                                    P = length of the example's inputs (position 0 holds the start)
+    branches           [batch, length] int32       of comparisons that read their prompt once (data/branches.py): 0 the
+                                                   prompt, 1 and 2 the answers, which do not see one another
     encoder/inputs     [batch, encoder] int32      encoder-decoder models only; then the decoder holds targets alone
     encoder/positions, encoder/segments            as above; decoder segment k looks at encoder segment k
     types              [batch, length] int32       an encoder alone: 0 in the first sentence, 1 in the second

@@ -3,11 +3,13 @@ r"""Preference data as sources: pairs, rankings of K answers, single answers mar
     pairs      chosen/* rejected/*          the arrays of `batch.py`, [batch, length] each, `weights` 1 on the
                                             answer only
                margin, chance f32 [batch]   where all the data have them
+    packed     inputs targets weights ...   several comparisons to a row, each reading its prompt once (`branches.py`)
+               compared, margin, chance     [batch, most]
     rankings   answer0/* ... answerK-1/*    the best first; ranked [batch, K] bool: which of them exist
     unpaired   inputs targets weights ...   one answer per row; desirable [batch] bool
     prompts    prompts [batch, length], lengths [batch], index [batch] int32; `source.prompts[index]` has the rest
 
-One comparison per row, padded on the right, never packed. On the rows that fill up the last batch of `once()` all
+One comparison per row, padded on the right, but for `packed`. On the rows that fill up the last batch of `once()` all
 weights are 0. Order, resumption, and the split over processes are those of `pipeline.py`; all is read and checked at
 the start.
 """
@@ -19,7 +21,7 @@ import numpy as np
 
 from llm_jax.core.errors import UserError
 from llm_jax.data import batch as batch_lib
-from llm_jax.data import examples, pipeline, preferences, records, templates
+from llm_jax.data import branches, examples, pipeline, preferences, records, templates
 from llm_jax.data.preferences import Messages, Pair, Ranking
 
 SIDES = ('chosen', 'rejected')
@@ -111,12 +113,7 @@ def pairs(
   are left out and counted. trim: cut each batch to its longest text, rounded up to a multiple of this, which gives at
   most length / trim shapes to compile; for one process. The others: see `pipeline.make`."""
   made = data()
-  comparisons = [p for one in examples.of_split(made.splits, split, made.name) for p in _pairs(one)]
-  told = {
-    name: np.float32(0)
-    for name in ('margin', 'chance')
-    if all(getattr(one, name) is not None for one in comparisons)
-  }
+  comparisons, told = _compared(made, split)
 
   def row(one: Pair, layout: batch_lib.Layout) -> dict[str, Any]:
     sides = {
@@ -127,6 +124,58 @@ def pairs(
 
   sizes = (batch, length, encoder_length, left_out, shuffle, seed, process_index, process_count)
   return _source(model, made, comparisons, row, SIDES, told, *sizes, trim=trim)
+
+
+def packed(
+  model: Any,
+  *,
+  data: Callable,
+  split: str = 'train',
+  batch: int = 8,
+  length: int = 512,
+  left_out: float = 0.0,
+  shuffle: bool = True,
+  seed: int = 0,
+  process_index: int | None = None,
+  process_count: int | None = None,
+) -> pipeline.Source:
+  """The same pairs, several to a row by best fit, each prompt read once: see `branches.py`. How many are in a batch
+  varies, its shape does not. length: a row holds at least the prompt and both answers of the longest pair that is not
+  left out. The others: see `pairs`. Raises `UserError` for a model that cannot read such rows."""
+  made = data()
+  branches.check(model.card)
+  comparisons, told = _compared(made, split)
+  layout = pipeline.layout_of(model.card.kind, length, None, batch_lib.pack(), made.vocab)
+  found, lost = [], []
+  for one in comparisons:
+    texts = [_laid(made, one.prompt, a, layout, one.where) for a in (one.chosen, one.rejected)]
+    laid = branches.lay(texts, layout)
+    if len(laid['inputs']) > length:
+      size = len(laid['inputs'])
+      lost.append(f'{one.where}: prompt and both answers have {size} tokens, the row {length}')
+    else:
+      found.append((laid, {name: getattr(one, name) for name in told}))
+  examples.count_lost(lost, len(comparisons), left_out, made.name)
+  most = branches.most(np.array([len(laid['inputs']) for laid, _ in found]), length)
+
+  def block(chunks: Any) -> pipeline.Block:
+    items = [chunks.get(i) for i in range(len(chunks.sizes))]
+    sizes = np.array([len(laid['inputs']) for laid, _ in items])
+    plan = batch_lib.best_fit(sizes, np.zeros_like(sizes), length, 0)
+    return pipeline.block_of(plan, items.__getitem__)
+
+  def write(rows: Sequence[Iterator], size: int) -> dict[str, np.ndarray]:
+    arrays = branches.empty(layout, size, most)
+    arrays |= {name: np.zeros((size, most), np.float32) for name in told}
+    for i, row in enumerate(rows):
+      for number, (at, _, (laid, values)) in enumerate(row, 1):
+        branches.put(arrays, i, number, at, laid)
+        for name, value in values.items():
+          arrays[name][i, number - 1] = value
+    return arrays
+
+  sizes = (batch, length, None, shuffle, seed, process_index, process_count)
+  return _over(model, made, found, write, *sizes, block=block)
 
 
 def rankings(
@@ -301,18 +350,38 @@ def _source(
   return _over(model, made, found, write, *sizes, texts=len(names))
 
 
+def _compared(made: Data, split: str) -> tuple[list[Pair], dict[str, np.float32]]:
+  """(the pairs of a split, what all of them tell besides, as rows of padding have it)."""
+  found = [p for one in examples.of_split(made.splits, split, made.name) for p in _pairs(one)]
+  known = (n for n in ('margin', 'chance') if all(getattr(one, n) is not None for one in found))
+  return found, {name: np.float32(0) for name in known}
+
+
+def _apart(chunks: Any) -> pipeline.Block:
+  """One item per row."""
+  return pipeline.Block(len(chunks.sizes), lambda r: iter([(0, 0, chunks.get(r))]))
+
+
 def _over(
-  model, made, items, write, batch, length, encoder_length, shuffle, seed, *process, texts=1
+  model,
+  made,
+  items,
+  write,
+  batch,
+  length,
+  encoder_length,
+  shuffle,
+  seed,
+  *process,
+  texts=1,
+  block=_apart,
 ) -> pipeline.Source:
-  """The source of one item per row, which holds as many texts."""
+  """The source of items laid in rows by `block`; a row holds `texts` of `length` each."""
   process = pipeline.processes(*process)
   pipeline.check_sizes(model.card, batch, length, encoder_length, process[1])
   pipeline.check_vocab(model.card, made.vocab)
   opened = [examples.listed(items)]
   order = pipeline.endless_order(opened, (1.0,), seed, shuffle)
-
-  def block(chunks: Any) -> pipeline.Block:
-    return pipeline.Block(len(chunks.sizes), lambda r: iter([(0, 0, chunks.get(r))]))
 
   return pipeline.Source(
     made.vocab,

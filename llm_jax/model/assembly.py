@@ -16,7 +16,7 @@ from llm_jax.core.errors import UserError
 from llm_jax.model import param, stack
 from llm_jax.model import positions as positions_lib
 from llm_jax.model.attention import Context
-from llm_jax.model.card import describe
+from llm_jax.model.card import describe, unbranched
 from llm_jax.model.depth import Around
 from llm_jax.model.functions import Batch, Hidden, Model, Params
 from llm_jax.model.masks import Mask
@@ -54,6 +54,7 @@ class Ends(NamedTuple):
 
 def decoder_only(ends: Ends, decoder: Stack) -> Model:
   """A causal or prefix decoder."""
+  why = unbranched(ends, decoder)
 
   def hidden(
     params: Params,
@@ -70,7 +71,8 @@ def decoder_only(ends: Ends, decoder: Stack) -> Model:
     segments = None if states is not None or 'segments' not in batch else (batch['segments'],) * 2
     seen = _prefix(batch, keys) if ends.kind == 'prefix' else None
     slots = None if states is None else batch.get('slots', positions)
-    mask = Mask(True, seen, segments, slots, windows=_windows(batch, states))
+    told = dict(windows=_windows(batch, states), branches=_branches(batch, why))
+    mask = Mask(True, seen, segments, slots, **told)
     bias = _bias(decoder, params, mask, x.shape[1], keys)
     told = dict(ids=batch['inputs'], real=_real(batch, states), pages=batch.get('pages'))
     ctx = Context(mask, positions, bias, rngs[1], **told)
@@ -168,6 +170,13 @@ def _windows(batch: Batch, states: Any) -> tuple | None:
   if 'windows' not in batch:
     return None
   return batch['windows'], batch['windows'] if states is None else batch['slot_windows']
+
+
+def _branches(batch: Batch, why: str | None) -> tuple | None:
+  """Continuations of one beginning; `why` not, where the model cannot tell them apart."""
+  if 'branches' in batch and why:
+    raise UserError(f'{why}: its rows cannot branch, give every text a row of its own')
+  return (batch['branches'],) * 2 if 'branches' in batch else None
 
 
 def _model(

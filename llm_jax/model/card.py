@@ -104,6 +104,7 @@ class Card(NamedTuple):
   ..., or 'none'. buckets: rows of the relative table (0 without). types: rows of the table of token types. head_more:
   parameters of the head beside its table and bias. pooled: those of a pooler and a classifier (model/classes.py).
   spelled: what stands in the place of the embedding table, None where there is one (model/characters.py).
+  unbranched: why several continuations of one text cannot lie in a row (data/branches.py), None where they can.
   """
 
   kind: str
@@ -127,6 +128,7 @@ class Card(NamedTuple):
   head_more: int = 0
   pooled: int = 0
   spelled: Spelled | None = None
+  unbranched: str | None = None
 
   @property
   def layers(self) -> int:
@@ -201,6 +203,7 @@ def describe(ends: Any, boxes: Any, decoder: Any, encoder: Any | None) -> Card:
     types=getattr(decoder.stem, 'types', 0),
     head_more=_head_more(boxes.get('head', {})),
     spelled=_spelled(ends, boxes['embedding']),
+    unbranched=unbranched(ends, decoder),
   )
 
 
@@ -209,6 +212,18 @@ def _spelled(ends: Any, boxes: Any) -> Spelled | None:
     return None
   found = tree.flatten(boxes, is_leaf=param.is_box).values()
   return Spelled(sum(math.prod(b.value.shape) for b in found), ends.embedding.flops(ends.embed))
+
+
+def unbranched(ends: Any, decoder: Any) -> str | None:
+  """Why the mask cannot keep the branches of a row apart, in words; None where it can."""
+  if ends.kind != 'causal':
+    return f'the model is {ends.kind}, not causal'
+  for mixer in (make() for s in decoder.segments for b in s.blocks for _, make in b.mixers):
+    if not isinstance(mixer, attention.SelfAttention):
+      return f'{type(mixer).__name__} reads a row as one text'
+    if mixer.relative is not None:
+      return 'its attention counts distances in slots of the row'
+  return None if decoder.bias is None else 'its position bias counts slots of the row'
 
 
 def _head_more(boxes: Any) -> int:

@@ -31,10 +31,11 @@ class Model(NamedTuple):
   hidden(params, batch, *, states=None, rng=None, layers=None, around=None) -> Hidden; dropout is on when there is a key
     `rng`. layers: run only the decoder's first ones (states may be those of all; those that come back are theirs).
     around: what looks in between, see `model/depth.py`. Besides `inputs`, a batch may have `positions`, `segments`
-    (packed documents), `prefix`, `types` and `order` (of an encoder's tokens), `encoder/*`, and for parallel context
-    windows `windows` [batch, t], with a state also `slots` [batch, t] and `slot_windows` [batch, slots]. `pages`
-    [batch, n]: the attention states are pools (model/paged.py), whose `prefix` names the first slots; `encoder/pages`
-    [batch, n] and `encoder/lengths` [batch]: those of cross-attention are too.
+    (packed documents), `branches` (continuations of one beginning), `prefix`, `types` and `order` (of an encoder's
+    tokens), `encoder/*`, and for parallel context windows `windows` [batch, t], with a state also `slots` [batch, t]
+    and `slot_windows` [batch, slots]. `pages` [batch, n]: the attention states are pools (model/paged.py), whose
+    `prefix` names the first slots; `encoder/pages` [batch, n] and `encoder/lengths` [batch]: those of cross-attention
+    are too.
   logits(params, x [batch, length, embed]) -> f32 [batch, length, rows]; reads only `head(params)`.
   head(params) -> the part of params that logits reads.
   states(params, batch, length) -> an empty context of `length` slots per row of batch['inputs'], every leaf

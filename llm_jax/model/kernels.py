@@ -95,8 +95,11 @@ def banded(
     return _softmax_average(
       q, k, v, mask.dense(q.shape[1], k.shape[1]), bias, scale, cap, dropout, rng
     )
-  if mask.window is None or mask.sees or mask.windows is not None or not mask.causal:
-    raise UserError('the kernel banded needs causal attention with a window and no other pattern')
+  other = mask.sees or mask.windows is not None or mask.branches is not None
+  if mask.window is None or other or not mask.causal:
+    raise UserError(
+      'the kernel banded needs causal attention with a window and no other pattern, nor branches'
+    )
   if bias is not None or mask.prefix is not None:
     what = 'position bias' if bias is not None else 'prefix'
     raise UserError(f'the kernel banded takes no {what}; use llm_jax.model.kernels:reference')

@@ -34,7 +34,9 @@ class Mask(NamedTuple):
   places: int ([batch or 1, t], [batch or 1, s]), the positions of queries and keys in their documents; None for their
   indices. windows: int ([batch, t], [batch, s]), parallel context windows: a key is seen by queries of its own number
   and by those of number 0 (Ratner et al. 2022, arXiv:2212.10947). order: int ([batch, t], [batch, s]), places in a
-  factorisation order: a query sees itself and the even places up to its own (XLNet; data/permuted.py).
+  factorisation order: a query sees itself and the even places up to its own (XLNet; data/permuted.py). branches: int
+  ([batch, t], [batch, s]), continuations of one beginning: a key is seen by queries of its own number, one of number 0
+  by all (data/branches.py).
   """
 
   causal: bool = False
@@ -47,6 +49,7 @@ class Mask(NamedTuple):
   places: tuple[jax.Array, jax.Array] | None = None
   windows: tuple[jax.Array, jax.Array] | None = None
   order: tuple[jax.Array, jax.Array] | None = None
+  branches: tuple[jax.Array, jax.Array] | None = None
 
   @property
   def sparse(self) -> bool:
@@ -56,9 +59,8 @@ class Mask(NamedTuple):
   @property
   def static(self) -> bool:
     """Whether the mask is known from the shapes alone: everything, or causal."""
-    if self.segments is not None or self.windows is not None or self.order is not None:
-      return False
-    if self.sparse:
+    told = self.segments, self.windows, self.order, self.branches
+    if self.sparse or any(pair is not None for pair in told):
       return False
     return not self.causal or (self.prefix is None and self.queries is None)
 
@@ -66,10 +68,8 @@ class Mask(NamedTuple):
     """The mask of the queries start..stop-1 against the keys before `stop`, for a causal mask over a whole sequence."""
     cut = lambda pair: pair and (pair[0][:, start:stop], pair[1][:, :stop])
     queries = jnp.arange(start, stop)[None]
-    return self._replace(
-      queries=queries,
-      **{name: cut(getattr(self, name)) for name in ('segments', 'places', 'windows', 'order')},
-    )
+    paired = 'segments', 'places', 'windows', 'order', 'branches'
+    return self._replace(queries=queries, **{name: cut(getattr(self, name)) for name in paired})
 
   def dense(self, t: int, s: int) -> jax.Array | None:
     """bool [batch or 1, 1, t, s], True where the query may look; None when it may look everywhere."""
@@ -91,6 +91,10 @@ class Mask(NamedTuple):
       query, key = self.order[0][:, :, None], self.order[1][:, None, :]
       before = (query == key) | ((key % 2 == 0) & (key <= query))
       seen = before if seen is None else seen & before
+    if self.branches is not None:
+      query, key = self.branches[0][:, :, None], self.branches[1][:, None, :]
+      own = (key == 0) | (query == key)
+      seen = own if seen is None else seen & own
     if self.sparse:
       near = self._pattern(t, s)
       seen = near if seen is None else seen & near

@@ -2,7 +2,8 @@
 
 A batch of pairs has `chosen/...` and `rejected/...` (the arrays of a text, `weights` 1 on the response), and where an
 objective compares with a reference model, `chosen/ref_logp` and `rejected/ref_logp`, f32 [batch]: the reference's
-log-probability of the response, which `rl/annotate.py` adds. No objective holds a second model.
+log-probability of the response, which `rl/annotate.py` adds. No objective holds a second model. Where rows branch and
+hold several pairs (data/branches.py), [batch] is [batch, comparisons] in all that is said of pairs.
 
 Each returns sums over pairs (or texts) and their number, so microbatches agree. With w the chosen and l the rejected
 response, log p the sum over a response, |y| its tokens and r the log-ratio log p(y|x) - log ref(y|x), metrics are
@@ -51,17 +52,17 @@ def read(
   chunk: int | None,
 ) -> Texts:
   """The texts called `names`, through the model in one forward. chunk: as in `sequence.tokens`."""
-  told = sequence.join(batch, names)
+  told = sequence.together(batch, names)
   return _texts(model, params, told, rng, len(names), chunk)
 
 
 def _texts(model, params, told, rng, count, chunk) -> Texts:
   found = sequence.tokens(model, params, told, rng, chunk=chunk)
-  logp = sequence.parts(sequence.total(found.logp, told['weights']), count)
-  size = sequence.parts(told['weights'].sum(-1), count)
+  logp = sequence.totals(found.logp, told, count)
+  size = sequence.totals(jnp.ones_like(told['weights']), told, count)
   counts = (jnp.stack(size).min(0) > 0).astype(jnp.float32)
-  aux = {name: sum(sequence.parts(value, count)) / count for name, value in found.aux.items()}
-  entropy = sequence.parts(sequence.total(found.entropy, told['weights']), count)
+  aux = {name: sequence.between(value, told, count) for name, value in found.aux.items()}
+  entropy = sequence.totals(found.entropy, told, count)
   return Texts(logp, size, counts, aux, entropy)
 
 
@@ -281,14 +282,17 @@ def unlikelihood(
 ) -> Loss:
   """-log p(w) / |w| - alpha mean_t log(1 - p(l_t)): the rejected response's tokens become unlikely (arXiv:1908.04319,
   equations 3 and 5)."""
-  told = sequence.join(batch, ('chosen', 'rejected'))
+  told = sequence.together(batch, ('chosen', 'rejected'))
   found = sequence.tokens(model, params, told, rng, chunk=chunk)
-  w, l = sequence.parts(sequence.mean(found.logp, told['weights']), 2)
+  size = sequence.totals(jnp.ones_like(told['weights']), told, 2)
+  mean = lambda values: [
+    y / jnp.maximum(n, 1e-9) for y, n in zip(sequence.totals(values, told, 2), size, strict=True)
+  ]
+  w, l = mean(found.logp)
   away = jnp.log(-jnp.expm1(jnp.minimum(found.logp, -1e-7)))  # 1 - p of a certain token is no 0
-  _, unlikely = sequence.parts(sequence.mean(away, told['weights']), 2)
-  size = jnp.stack(sequence.parts(told['weights'].sum(-1), 2))
-  aux = {name: sum(sequence.parts(value, 2)) / 2 for name, value in found.aux.items()}
-  texts = Texts([w, l], list(size), (size.min(0) > 0).astype(jnp.float32), aux)
+  _, unlikely = mean(away)
+  aux = {name: sequence.between(value, told, 2) for name, value in found.aux.items()}
+  texts = Texts([w, l], size, (jnp.stack(size).min(0) > 0).astype(jnp.float32), aux)
   return compared(-w - alpha * unlikely, texts, w, l, nll=-w)
 
 

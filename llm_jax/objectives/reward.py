@@ -24,10 +24,26 @@ def last(weights: jax.Array) -> jax.Array:
 
 def rewards(params: Any, x: jax.Array, weights: jax.Array) -> jax.Array:
   """The reward of each text, f32 [batch]. x: [batch, length, embed], what the layers made of them."""
+  at = last(weights)[:, None, None]
+  return _every(params, jnp.take_along_axis(x, at, axis=1))[:, 0]
+
+
+def of_texts(params: Any, x: jax.Array, told: Batch, count: int) -> list[jax.Array]:
+  """The rewards of each of the `count` texts of what `sequence.together` gave: [batch] each, or [batch, comparisons]
+  where rows branch."""
+  if 'branches' not in told:
+    return sequence.parts(rewards(params, x, told['weights']), count)
+  every, slots = _every(params, x)[..., None], jnp.arange(x.shape[1])[:, None]
+  counted = (told['weights'] > 0)[..., None]
+  ends = (jnp.where(own & counted, slots, -1).max(1) for own in sequence.owned(told, count))
+  return [jnp.where(slots == end[:, None], every, 0).sum(1) for end in ends]
+
+
+def _every(params: Any, x: jax.Array) -> jax.Array:
+  """The number at every position of x [batch, length, embed]."""
   if scalar.NAME not in params:
     raise UserError('this model gives no number: set model to use(scalar.make, model=...)')
-  at = last(weights)[:, None, None]
-  return scalar.read(params, jnp.take_along_axis(x, at, axis=1))[:, 0]
+  return scalar.read(params, x)
 
 
 def score(model: Any, params: Any, batch: Batch) -> jax.Array:
@@ -63,19 +79,18 @@ def bradley_terry(
   """
   if not 0 <= noise < 1:
     raise UserError(f'noise={noise} is a probability: choose 0 <= noise < 1')
-  sides = ('chosen', 'rejected')
-  told = sequence.join(batch, sides)
+  told = sequence.together(batch, ('chosen', 'rejected'))
+  size = sequence.totals(jnp.ones_like(told['weights']), told, 2)
   if lm:
     found = sequence.tokens(model, params, told, rng)
     x, aux = found.x, found.aux
-    imitation = -sequence.parts(sequence.mean(found.logp, told['weights']), 2)[0]
+    imitation = -sequence.totals(found.logp, told, 2)[0] / jnp.maximum(size[0], 1e-9)
   else:
     x, _, aux = model.hidden(params, told, rng=rng)
     imitation = 0.0
-  w, l = sequence.parts(rewards(params, x, told['weights']), 2)
-  size = sequence.parts(told['weights'].sum(-1), 2)
+  w, l = of_texts(params, x, told, 2)
   counts = (jnp.stack(size).min(0) > 0).astype(jnp.float32)
-  aux = {name: sum(sequence.parts(value, 2)) / 2 for name, value in aux.items()}
+  aux = {name: sequence.between(value, told, 2) for name, value in aux.items()}
   each = -_log_chance(w - l - batch.get('margin', 0.0), noise)
   texts = preference.Texts([w, l], size, counts, aux)
   more = dict(nll=imitation) if lm else {}

@@ -6,6 +6,12 @@ another for one forward, and `parts` takes the result apart again.
     told = sequence.join(batch, ('chosen', 'rejected'))
     found = sequence.tokens(model, params, told, rng)
     chosen, rejected = sequence.parts(sequence.total(found.logp, told['weights']), 2)    # nats, [batch] each
+
+Or its rows branch (data/branches.py) and hold several comparisons without names. `together` and `totals` do either:
+
+    told = sequence.together(batch, ('chosen', 'rejected'))
+    found = sequence.tokens(model, params, told, rng)
+    chosen, rejected = sequence.totals(found.logp, told, 2)    # nats, [batch] or [batch, comparisons] each
 """
 
 from collections.abc import Mapping, Sequence
@@ -24,6 +30,7 @@ READ = (
   'segments',
   'prefix',
 )  # and encoder/*: see data/batch.py
+BRANCHES = ('chosen', 'rejected')  # the texts of a comparison in a row that branches, from branch 1
 
 
 class Tokens(NamedTuple):
@@ -103,3 +110,38 @@ def join(batch: Mapping[str, jax.Array], names: Sequence[str]) -> dict[str, jax.
 def parts(joined: jax.Array, count: int) -> list[jax.Array]:
   """Undoes `join` for one array."""
   return jnp.split(joined, count)
+
+
+def together(batch: Mapping[str, jax.Array], names: Sequence[str]) -> dict[str, jax.Array]:
+  """What the model reads of the texts called `names` in one forward: `join`, or the rows themselves if they branch."""
+  if 'branches' not in batch:
+    return join(batch, names)
+  if tuple(names) != BRANCHES:
+    raise UserError(
+      f'rows that branch hold {" and ".join(BRANCHES)}, not {", ".join(names)}: give every text a row of its own'
+    )
+  return {key: batch[key] for key in (*READ, 'branches', 'compared') if key in batch}
+
+
+def owned(told: Mapping[str, jax.Array], count: int) -> list[jax.Array]:
+  """Which slots of rows that branch are of each of the `count` texts of every comparison: bool
+  [rows, length, comparisons]."""
+  numbers = jnp.arange(1, told['compared'].shape[1] + 1)
+  own, branch = told['segments'][..., None] == numbers, told['branches'][..., None]
+  return [own & (branch == k) for k in range(1, count + 1)]
+
+
+def totals(values: jax.Array, told: Mapping[str, jax.Array], count: int) -> list[jax.Array]:
+  """The weighted sums over each of the `count` texts of what `together` gave, from values [rows, length]: [batch] each,
+  or [batch, comparisons] where rows branch."""
+  if 'branches' not in told:
+    return parts(total(values, told['weights']), count)
+  weighted = (values * told['weights'])[..., None]
+  return [jnp.where(own, weighted, 0).sum(1) for own in owned(told, count)]
+
+
+def between(value: jax.Array, told: Mapping[str, jax.Array], count: int) -> jax.Array:
+  """What is one number per row, [rows], as one per comparison: the mean over its texts' rows."""
+  if 'branches' not in told:
+    return sum(parts(value, count)) / count
+  return jnp.broadcast_to(value[:, None], told['compared'].shape)

@@ -7,6 +7,7 @@ with. The arrays are computed anew for each batch, in the batch's own shape, so 
 last bit.
 """
 
+import functools
 import os
 from collections.abc import Callable, Iterator, Mapping
 from typing import Any
@@ -132,6 +133,7 @@ def with_reference(
   """Adds `SIDE/ref_logp` f32 [batch]: the reference's log-probability of the targets that count, in nats.
 
   source: model -> source. ref, seed: see above. sides: of the batch; '' is a text without a name and gets `ref_logp`.
+  Of rows that branch (data/branches.py), [batch, comparisons].
   """
   inner = source(model)
   return _referenced(model, inner, Frozen(model, inner.vocab, ref, seed), sides, chunk)
@@ -140,17 +142,19 @@ def with_reference(
 def _referenced(
   model: Any, inner: Any, frozen: Frozen, sides: tuple, chunk: int | None
 ) -> Annotated:
-  @jax.jit
-  def score(params: Any, text: Mapping[str, jax.Array]) -> jax.Array:
-    found = sequence.tokens(model, params, text, chunk=chunk)
-    return mesh.shard(sequence.total(found.logp, text['weights']), 'batch')
+  @functools.partial(jax.jit, static_argnums=2)
+  def score(params: Any, text: Mapping[str, jax.Array], count: int) -> list[jax.Array]:
+    found = sequence.totals(sequence.tokens(model, params, text, chunk=chunk).logp, text, count)
+    return [mesh.shard(y, 'batch', *(None,) * (y.ndim - 1)) for y in found]
 
   def add(batch: Batch, state: Any) -> Batch:
-    params, added = frozen.params(state), {}
-    for side in sides:
-      told = mesh.place(_text(batch, side))
-      added[f'{side}/ref_logp' if side else 'ref_logp'] = _local(score(params, told))
-    return batch | added
+    params = frozen.params(state)
+    if 'branches' in batch:
+      found = score(params, mesh.place(sequence.together(batch, sides)), len(sides))
+    else:  # one side at a time: half the logits exist at once
+      found = [score(params, mesh.place(_text(batch, side)), 1)[0] for side in sides]
+    names = (f'{side}/ref_logp' if side else 'ref_logp' for side in sides)
+    return batch | dict(zip(names, map(_local, found), strict=True))
 
   return Annotated(inner, add)
 

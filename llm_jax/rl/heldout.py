@@ -5,6 +5,7 @@ from collections.abc import Callable, Mapping
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 
 from llm_jax.core import mesh
@@ -87,9 +88,9 @@ def calibration(
 
   @jax.jit
   def read(params: Any, batch: Mapping[str, jax.Array]) -> tuple[jax.Array, jax.Array]:
-    told = sequence.join(batch, sides)
-    chosen, rejected = sequence.parts(model_lib.score(run.model, params, told), 2)
-    return chosen - rejected, sequence.parts(told['weights'].sum(-1) > 0, 2)[0]
+    told = sequence.together(batch, sides)
+    chosen, rejected = model_lib.of_texts(params, run.model.hidden(params, told).x, told, 2)
+    return chosen - rejected, sequence.totals(jnp.ones_like(told['weights']), told, 2)[0] > 0
 
   def hook(step: int, state: Any, metrics: Mapping[str, Any]) -> None:
     if not step or (step % every and step != run.steps):

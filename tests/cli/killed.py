@@ -11,12 +11,12 @@ import os
 import signal
 import sys
 
-from configs.align import dpo, grpo, ppo, reward
+from configs.align import dpo, dpo_packed, grpo, ppo, reward
 from configs.tune import arithmetic, sft
 from llm_jax.core.config import variant
 
 STEPS = 6
-PAIRED = dict(dpo=dpo, reward=reward)
+PAIRED = dict(dpo=dpo, packed=dpo_packed, reward=reward)
 DRAWN = dict(ppo=ppo, grpo=grpo)
 
 
@@ -26,7 +26,8 @@ def get_config(text=None):
     c = sft.get_config(f'tiny,batch=2,length=96,steps={STEPS}')
     c.source.task.sets[0].left_out = 1.0
   elif arg.kind in PAIRED:
-    c = PAIRED[arg.kind].get_config(f'tiny,batch=2,length=160,steps={STEPS}')
+    length = 320 if arg.kind == 'packed' else 160  # of a row of both answers
+    c = PAIRED[arg.kind].get_config(f'tiny,batch=2,length={length},steps={STEPS}')
     (c.source if arg.kind == 'reward' else c.source.source).left_out = 1.0
   elif arg.kind in DRAWN:
     c = DRAWN[arg.kind].get_config(f'steps={STEPS},round=16,group=4')

@@ -18,7 +18,7 @@ from tests.cli import killed
 from tests.cli.test_train import metrics
 
 ROOT = os.path.dirname(os.path.dirname(os.path.dirname(os.path.abspath(__file__))))
-KINDS = ('sft', 'dpo', 'reward', 'ppo', 'grpo')
+KINDS = ('sft', 'dpo', 'packed', 'reward', 'ppo', 'grpo')
 MOMENTS = ('read', 'learn', 'save')
 FAST = dict(sft='save', ppo='read', grpo='learn')
 CASES = [

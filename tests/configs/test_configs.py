@@ -19,6 +19,7 @@ from llm_jax.core import mesh, tree
 from llm_jax.core.config import build
 from llm_jax.core.errors import UserError
 from llm_jax.data import batch as batch_lib
+from llm_jax.data import branches, pairs
 from llm_jax.model import count, scalar, stack
 from llm_jax.rl import rollout
 from llm_jax.scaling import sweep
@@ -167,6 +168,9 @@ def example(c, model):
   told = numbers | dict(desirable=np.zeros(rows, bool), ref_ids=np.zeros((rows, length, 3), int))
   told |= dict(ref_top=np.zeros((rows, length, 3), np.float32), types=text['inputs'])
   told |= dict(label=np.zeros(rows, np.int32), at=np.zeros(rows, np.int32))
+  if source.fn == config_lib.path_of(pairs.packed):
+    scores = {f'{side}/ref_logp': np.zeros((rows, 3), np.float32) for side in sides['pairs']}
+    return branches.empty(layout, rows, 3) | scores
   if names := sides.get(source.fn.rpartition(':')[2]):
     return {f'{side}/{k}': v for side in names for k, v in (text | numbers).items()}
   return text | told

@@ -21,6 +21,7 @@ MASKS = dict(
   causal=Mask(True),
   packed=Mask(True, segments=(jnp.asarray(SEGMENTS),) * 2),
   prefix=Mask(True, prefix=jnp.arange(T)[None] < jnp.array([[3], [1]])),
+  branches=Mask(True, branches=(jnp.asarray([[0, 0, 1, 1, 2, 2, 2], [0, 1, 1, 2, 0, 1, 2]]),) * 2),
   decode=Mask(True, queries=jnp.asarray(RNG.integers(0, T, (B, T)))),
 )
 
@@ -94,6 +95,7 @@ def test_a_band_never_holds_the_square():
     (Mask(True), None, 'needs causal attention with a window'),
     (Mask(True, window=2, prefix=jnp.ones((1, T), bool)), None, 'no prefix'),
     (Mask(True, window=2), jnp.zeros((1, 1, T, T)), 'no position bias'),
+    (Mask(True, window=2, branches=(jnp.zeros((1, T)),) * 2), None, 'nor branches'),
   ],
 )
 def test_a_band_refuses_what_it_has_not(mask, bias, words):

@@ -58,6 +58,23 @@ def test_rows_are_rows_of_the_whole():
   np.testing.assert_array_equal(mask.rows(2, 5).dense(3, 5), mask.dense(T, T)[:, :, 2:5, :5])
 
 
+def test_branches_see_their_beginning_and_themselves():
+  """Entry by entry: of one text, not later, and on the way from the root of the tree to the query."""
+  segments = [1, 1, 1, 1, 1, 2, 2, 2, 2, 0]
+  branches = [0, 0, 1, 1, 2, 1, 2, 2, 3, 0]
+  n = len(segments)
+  path = lambda i: (0, branches[i])
+  want = [
+    [j <= i and segments[i] == segments[j] and branches[j] in path(i) for j in range(n)]
+    for i in range(n)
+  ]
+  pair = lambda x: (jnp.array([x]),) * 2
+  mask = Mask(True, segments=pair(segments), branches=pair(branches))
+  np.testing.assert_array_equal(mask.dense(n, n)[0, 0], want)
+  np.testing.assert_array_equal(mask.rows(3, 7).dense(4, 7)[0, 0], np.array(want)[3:7, :7])
+  assert not Mask(True, branches=pair(branches)).static
+
+
 def pattern(sees, t=12):
   """bool [t, t] of a rule in plain Python, for a causal sequence."""
   return np.array([[j <= i and bool(sees(i, j)) for j in range(t)] for i in range(t)])
