@@ -3,7 +3,9 @@ r"""DPO on rows of several comparisons, each of which reads its prompt once: the
   llm-jax train --config=configs/align/dpo_packed.py --workdir=runs/dpo_packed
   llm-jax train --config=configs/align/dpo_packed.py:tiny --workdir=runs/dpo_packed-tiny
 
-Differs from dpo.py in the source: TODO
+Differs from dpo.py in the source: half as many rows, twice as long, hence half the slots of its two texts a row. A pair
+is left out where its prompt and both answers do not fit one row. The losses of a pair are those of dpo.py; which pairs
+are in a batch, and how many, is not.
 """
 
 from configs.align import dpo
