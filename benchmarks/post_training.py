@@ -3,6 +3,7 @@ r"""A step of fine-tuning, DPO and GRPO beside TRL on one tiny LLaMA (4 layers, 
   pip install torch transformers trl==1.16.0
   python -m benchmarks.post_training                 # about ten minutes on two cores
   python -m benchmarks.post_training --only=dpo --steps=20
+  python -m benchmarks.post_training --only=grpo --cpu    # on a busy machine; with `taskset -c 0` one core, one thread
 
 Both begin with the same weights, in f32, and read the same bundled instructions with the same tokenizer (byte-level
 BPE, 2,048 pieces). A step is everything from asking for a batch to updated weights; steps are taken in turn, ours after
@@ -14,7 +15,8 @@ each of TRL's, and the median counts. What is compared is work done in a second:
          longest of a batch, we to a multiple of 32
   grpo   answers: 8 prompts x 8 answers of at most 64 tokens, generated, scored by a function of the text, learned from
 
-`compilations` are those of llm_jax after its first steps, which see every shape.
+`compilations` are those of llm_jax after its first steps, which see every shape. With `--cpu` seconds are of processor
+time, all threads together; torch has one.
 """
 
 import argparse
@@ -32,7 +34,12 @@ import numpy as np
 VOCAB, LONGEST, RATE = 2048, 160, 1e-4
 EXAMPLES, PAIRS, PROMPTS, GROUP, NEW = 24, 8, 8, 8, 64
 TEMPLATE = 'alpaca'
-WARM = dict(sft=2, dpo=20, grpo=2)  # steps before the clock runs
+WARM = dict(sft=2, dpo=20, grpo=4)  # steps before the clock runs
+
+
+def clock() -> float:
+  """Seconds, of the processor with --cpu."""
+  return time.process_time() if '--cpu' in sys.argv else time.perf_counter()
 
 
 def write(folder: str) -> Any:
@@ -90,6 +97,7 @@ class Ours:
     _, params, words = generate.load(run)
     model = build(generate.load_model(run)[0])(runner=stack.loop)
     self.source, self.work = source(model, words), work
+    self.source.clock = clock
     schedule = functools.partial(schedules.constant, peak=RATE)
     tx = chain.make(model.axes, rule=functools.partial(rules.adamw), schedule=schedule, clip=1.0)
     self.update = step.make(functools.partial(objective, model), tx)
@@ -104,12 +112,10 @@ class Ours:
     """One step; returns the work that was done."""
     from llm_jax.core import mesh
 
-    batch, begun = self.source(self.state), time.perf_counter()
+    batch, begun = self.source(self.state), clock()
     self.state, metrics = self.update(self.state, mesh.place(batch), self.key)
     self.losses.append(float(metrics['loss']))
-    self.parts.append(
-      getattr(self.source, 'seconds', {}) | dict(update=time.perf_counter() - begun)
-    )
+    self.parts.append(getattr(self.source, 'seconds', {}) | dict(update=clock() - begun))
     return self.work(batch)
 
 
@@ -268,14 +274,14 @@ def compare(kind: str, folder: str, tokenizer: Any, run: str, steps: int) -> Non
     def on_train_begin(self, *args: Any, **kwargs: Any) -> None:
       for _ in range(WARM[kind]):
         ours()
-      ours.compiled, self.start = 0, time.perf_counter()
+      ours.compiled, self.start = 0, clock()
 
     def on_step_end(self, *args: Any, **kwargs: Any) -> None:
-      now = time.perf_counter()
+      now = clock()
       times['trl'].append(now - self.start)
       work['ours'].append(ours())
-      times['ours'].append(time.perf_counter() - now)
-      self.start = time.perf_counter()
+      times['ours'].append(clock() - now)
+      self.start = clock()
 
   peer = trainer(kind, folder, tokenizer, run, steps, Turns())
   collate = peer.data_collator
@@ -311,7 +317,12 @@ def main() -> None:
   parser = argparse.ArgumentParser(description=__doc__.partition('\n')[0])
   parser.add_argument('--only', default='sft,dpo,grpo')
   parser.add_argument('--steps', type=int, default=12)
+  parser.add_argument('--cpu', action='store_true', help='count processor time')
   given = parser.parse_args()
+  if given.cpu:
+    import torch
+
+    torch.set_num_threads(1)
   from llm_jax.cli import main as command
 
   print(f'load {os.getloadavg()[0]:.1f}, {os.cpu_count()} cores')

@@ -223,8 +223,8 @@ class Rollout:
   """Gives minibatches; owns the round they come from.
 
   batch, length, vocab: as of every source, the longest length. round: the number of the one in use. records: the
-  prompts. beta: the KL coefficient of the next round. rows: the round's arrays, None before the first. seconds: what
-  the last round took to `draw` answers, `score` them and to `read` them (learner, reference, critic).
+  prompts. beta: the KL coefficient of the next round. rows: the round's arrays, None before the first. seconds: of
+  `clock`, what the last round took to `draw` answers, `score` them and to `read` them (learner, reference, critic).
   """
 
   def __init__(self, model, vocab, records, forms, batch, beta, settings, process):
@@ -234,7 +234,7 @@ class Rollout:
     self.round, self.beta, self.rows = 0, beta, None
     self._model, self._forms, self._s, self._process = model, forms, settings, process
     self._given, self._cursor, self._memory = 0, 0, {}
-    self.seconds: dict[str, float] = {}
+    self.clock, self.seconds = time.perf_counter, {}
     self._reference = None
     read = functools.partial(_read, model, settings.value, settings.temperature)
     self._read = jax.jit(read, static_argnames='critic')
@@ -400,9 +400,9 @@ class Rollout:
 
   @contextlib.contextmanager
   def _timed(self, name: str) -> Iterator[None]:
-    begun = time.perf_counter()
+    begun = self.clock()
     yield
-    self.seconds[name] = self.seconds.get(name, 0.0) + time.perf_counter() - begun
+    self.seconds[name] = self.seconds.get(name, 0.0) + self.clock() - begun
 
   def _prompt(self, position: int) -> int:
     """The record at a position of the endless order: every epoch is a permutation of its own."""
