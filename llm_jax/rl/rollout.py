@@ -204,14 +204,12 @@ def make(
       f'prompts of {width} tokens and answers of max_new={max_new} do not fit into the {most} positions of the model: '
       'lower max_new or prompt_length'
     )
-  process = pipeline.processes(process_index, process_count)
+  process, arranged = pipeline.processes(process_index, process_count), layout()
+  unit = group * mesh.batch_ways() if arranged.grouped else 1
   if batch % process[1]:
     raise UserError(f'a batch of {batch} rows does not divide over {process[1]} processes')
-  arranged = layout()
-  if arranged.grouped and (batch % (group * mesh.batch_ways()) or batch // process[1] % group):
-    raise UserError(
-      f'layout.shared: batch={batch} must be whole groups of {group} on every process and device'
-    )
+  if batch % unit or batch // process[1] % (group if arranged.grouped else 1):
+    raise UserError(f'layout.shared: batch={batch} must be whole groups of {group} on every device')
   settings = _Settings(
     reward, estimate, reference, value, control, keep, penalty, group, round, epochs, width, lengths,
     arranged, max_new, temperature, tries, seed,
