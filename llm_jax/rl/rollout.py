@@ -355,20 +355,21 @@ class Rollout:
     index = np.array([self._prompt(self._cursor + i) for i in range(count)])
     self._cursor += count
     made, tokens, ends, said = self._drawn(params, key, index)
-    index = np.repeat(index, s.group)
+    index = np.repeat(index, s.group).astype(np.int32)
     with self._timed('score'):
       earned = self._score(index, tokens, ends)
-    weights, made['index'] = made['weights'], index.astype(np.int32)
+    weights = made['weights']
     alone = self.per_round == 1 and s.value is None and not self.beta
-    found = self._learners(None if alone else params, made)
+    found = self._learners(None if alone else params, made | dict(index=index))
     logp = found.setdefault('old_logp', said)
-    if not alone:
-      made['gap'] = np.where(weights > 0, np.abs(logp - said), 0).max(1).astype(np.float32)
     against = found.get('ref_logp', logp)
     rewards = advantage_lib.penalised(earned['reward'], logp, against, weights, self.beta)
     told = advantage_lib.Told(earned['reward'], rewards, found.get('values'), weights, s.group)
     credit, self._memory = s.estimate(told, self._memory)
     made |= found | credit._asdict() | earned
+    if not alone:
+      made['gap'] = np.where(weights > 0, np.abs(logp - said), 0).max(1).astype(np.float32)
+    made['index'] = index
     keep = s.keep(earned['reward'].reshape(-1, s.group)).reshape(-1)
     return made, float(((logp - against) * weights).sum(1).mean()), keep
 
