@@ -15,6 +15,8 @@ each of TRL's, and the median counts. What is compared is work done in a second:
   grpo   answers: 8 prompts x 8 answers of at most 64 tokens, generated, scored by a function of the text, learned from
 
 `compilations` are those of llm_jax after its first steps, which see every shape.
+CPU-seconds are of all threads together, also of those that wait for one another; on a busy machine count with one
+thread, OMP_NUM_THREADS=1 taskset -c 1.
 """
 
 import argparse
@@ -33,7 +35,7 @@ VOCAB, LONGEST, RATE = 2048, 160, 1e-4
 EXAMPLES, PAIRS, PROMPTS, GROUP, NEW = 24, 8, 8, 8, 64
 ROWS, WIDTH = 4, 256  # of packed pairs
 TEMPLATE = 'alpaca'
-WARM = dict(sft=2, dpo=2, grpo=2)  # steps before the clock runs
+WARM = dict(sft=2, dpo=2, grpo=4)  # steps before the clock runs
 
 
 def write(folder: str) -> Any:
@@ -83,16 +85,19 @@ class Ours:
     import jax.numpy as jnp
 
     from llm_jax.cli import generate
+    from llm_jax.core.config import build
+    from llm_jax.model import stack
     from llm_jax.optim import chain, rules, schedules
     from llm_jax.train import state, step
 
-    model, params, words = generate.load(run)
+    _, params, words = generate.load(run)
+    model = build(generate.load_model(run)[0])(runner=stack.loop)
     self.source, self.work = source(model, words), work
     schedule = functools.partial(schedules.constant, peak=RATE)
     tx = chain.make(model.axes, rule=functools.partial(rules.adamw), schedule=schedule, clip=1.0)
     self.update = step.make(functools.partial(objective, model), tx)
     self.state = state.State(jnp.zeros((), jnp.int32), params, tx.init(params))
-    self.key, self.compiled, self.losses = jax.random.key(0), 0, []
+    self.key, self.compiled, self.losses, self.parts = jax.random.key(0), 0, [], []
     jax.monitoring.register_event_duration_secs_listener(self._count)
 
   def _count(self, event: str, seconds: float, **_: Any) -> None:
@@ -102,9 +107,12 @@ class Ours:
     """One step; returns the work that was done."""
     from llm_jax.core import mesh
 
-    batch = self.source(self.state)
+    batch, begun = self.source(self.state), time.perf_counter()
     self.state, metrics = self.update(self.state, mesh.place(batch), self.key)
     self.losses.append(float(metrics['loss']))
+    self.parts.append(
+      getattr(self.source, 'seconds', {}) | dict(update=time.perf_counter() - begun)
+    )
     return self.work(batch)
 
 
@@ -145,13 +153,13 @@ def _data(words: Any) -> Any:
 def grpo(run: str) -> Ours:
   """Answers, drawn, scored and learned from."""
   from llm_jax.objectives import policy
-  from llm_jax.rl import rollout
+  from llm_jax.rl import layout, rollout
 
   def source(model: Any, words: Any) -> Any:
     records = [dict(prompt=text) for text in prompts(words)]
     rows = PROMPTS * GROUP
     reward = lambda prompts, answers, told: np.array([scored(a) for a in answers], np.float32)
-    sizes = dict(batch=rows, round=rows, group=GROUP, max_new=NEW)
+    sizes = dict(batch=rows, round=rows, group=GROUP, max_new=NEW, layout=layout.shared)
     return rollout.make(model, prompts=lambda: records, reward=reward, vocab=lambda: words, **sizes)
 
   return Ours(run, source, policy.grpo, lambda b: float(len(b['inputs'])))
@@ -312,6 +320,9 @@ def compare(kind: str, folder: str, tokenizer: Any, run: str, steps: int) -> Non
     f'compilations {ours.compiled}; our loss {ours.losses[0]:.3f} to {ours.losses[-1]:.3f}',
     flush=True,
   )
+  told = {name: [part[name] for part in ours.parts[WARM[kind] :]] for name in ours.parts[-1]}
+  medians = ', '.join(f'{name} {statistics.median(taken):.2f}' for name, taken in told.items())
+  print(f'{kind:5} of a step of llm_jax, s: {medians}', flush=True)
 
 
 def main() -> None:

@@ -6,8 +6,8 @@ r"""A reward model: a number for an answer, learnt from pairs.
 
 Differs from dpo.py in the model, which has a scalar head beside its logits, and in the objective, Bradley-Terry; it
 needs no reference. At the end heldout_calibration.png shows how often it is right when it is sure. Tiny: held-out
-accuracy 0.77 of 97 pairs after 60 steps. SmolLM2 after 30 steps: 0.54 of 176 pairs, a 95 % interval of 0.47 to 0.61
-that holds chance; the 66 steps of the recipe were not measured.
+accuracy 0.77 of 97 pairs after 60 steps. SmolLM2 after its 66 steps: 0.58 of 176 pairs (95 % interval 0.51 to 0.65;
+0.57 after 33), expected calibration error 0.08.
 """
 
 from configs.align import dpo

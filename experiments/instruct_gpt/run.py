@@ -27,7 +27,7 @@ from llm_jax.core import mesh
 from llm_jax.objectives import language, policy, preference
 from llm_jax.objectives import reward as reward_objective
 from llm_jax.optim import chain, rules, schedules
-from llm_jax.rl import advantage, annotate, feedback, rollout, toy
+from llm_jax.rl import advantage, annotate, feedback, layout, rollout, toy
 from llm_jax.rl import reward as reward_lib
 from llm_jax.train import loop
 from llm_jax.train import state as state_lib
@@ -146,7 +146,7 @@ def lay(prompts: Sequence[str], answers: Sequence[str], *, cut: bool) -> dict[st
   said = [[*words.encode(a), words.eos][:width] for a in answers]
   tokens = np.array([ids + [0] * (width - len(ids)) for ids in said], np.int32)
   lengths, ends = np.full(len(asked), asked.shape[1]), np.array([len(ids) for ids in said])
-  return rollout.lay(model(), asked, lengths, tokens, ends, words.start)
+  return layout.lay(model(), asked, lengths, tokens, ends, words.start)
 
 
 def demonstrate(prompts: Sequence[str], rng: np.random.Generator) -> list[str]:

@@ -21,8 +21,8 @@ from llm_jax.decode.prompts import START
 
 class Output(NamedTuple):
   """tokens: int32 [batch, max_new], 0 after the end; lengths: int32 [batch], the end-of-text token counted;
-  logp: f32 [batch, max_new], log-probability (nats) of each token under the model itself, before temperature, top-k,
-  top-p and bans; 0 after the end."""
+  logp: f32 [batch, max_new], log-probability (nats) of each token under the model itself, before top-k, top-p and bans,
+  at the temperature `logp_at`; 0 after the end."""
 
   tokens: jax.Array
   lengths: jax.Array
@@ -51,6 +51,7 @@ class _Static(NamedTuple):
   banned: tuple[tuple[int, ...], ...]
   max_new: int
   n: int
+  logp_at: float
 
 
 class _Carry(NamedTuple):
@@ -92,6 +93,7 @@ def generate(
   banned: Sequence[Sequence[int]] = (),
   rows: Any = None,
   uniforms: Any = None,
+  logp_at: float = 1.0,
   **sampling: float,
 ) -> Output:
   """Continues every prompt until it has drawn `eos` (None: never), `max_new` tokens, or filled the position table.
@@ -102,14 +104,14 @@ def generate(
   sampling: the fields of `logits.Sampling`; temperature 0 is greedy. allowed ([vocab] bool), bias (f32 [vocab]), banned
   (sequences of ids): see `logits.processors`. rows: int32 [batch * n], the numbers that individualise the rows' random
   keys (default 0, 1, ...). uniforms: f32 [batch * n, max_new] in [0, 1), drawn from instead of the key, by inverting
-  the cumulative distribution.
+  the cumulative distribution. logp_at: the temperature that the reported log-probabilities are those of.
 
   A model with learned positions stops where their table ends (`lengths` tells); others go on past the length they
   were trained with. Raises `UserError` for a prompt that does not fit the model's context (`card.length`, start token
   included). Compiled once per shape and setting; inside `jax.set_mesh` the rows are spread over the batch axes.
   """
   settings = dict(max_new=max_new, n=n, eos=eos, start=start, allowed=allowed, bias=bias)
-  settings |= dict(banned=banned, rows=rows, uniforms=uniforms, **sampling)
+  settings |= dict(banned=banned, rows=rows, uniforms=uniforms, logp_at=logp_at, **sampling)
   static, fixed, carry = _start(model, params, prompts, lengths, key, **settings)
   out = _advance(static, params, fixed, carry, np.int32(max_new)).out
   batch = np.shape(prompts)[0] * n
@@ -296,7 +298,7 @@ def _draw(
   told = dict(allowed=fixed.allowed, bias=fixed.bias, banned=static.banned)
   settings = static.sampling._asdict()
   token = logits_lib.sample(logits, keys, seen=carry.seen, **told, **settings)
-  out = carry.out.add(carry.made, token, logits, carry.done)
+  out = carry.out.add(carry.made, token, logits / static.logp_at, carry.done)
   token = jnp.where(carry.done, 0, token)
   seen = carry.seen and carry.seen.add(jnp.where(carry.done, -1, token))
   position = carry.position + 1
@@ -325,6 +327,7 @@ def _start(
   banned: Sequence[Sequence[int]] = (),
   rows: Any = None,
   uniforms: Any = None,
+  logp_at: float = 1.0,
   **sampling: float,
 ) -> tuple[_Static, _Fixed, _Carry]:
   """Checks the arguments, lays out the batch and runs the prefill."""
@@ -342,5 +345,6 @@ def _start(
   fixed = _Fixed(keys, rules.ends, rules.allowed, rules.bias, laid.context)
   if n > 1:  # of the encoder nothing is read again
     fixed = fixed._replace(context={k: np.repeat(v, n, axis=0) for k, v in laid.context.items()})
-  static = _Static(steps.functions(model, laid.slots), chosen, rules.banned, max_new, n)
+  told = chosen, rules.banned, max_new, n, logp_at
+  static = _Static(steps.functions(model, laid.slots), *told)
   return static, fixed, _prefill(static, params, laid.batch, laid.last, laid.live, fixed)

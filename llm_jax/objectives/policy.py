@@ -3,7 +3,9 @@ r"""Objectives of reinforcement learning: what makes answers likelier that earne
 A batch holds texts whose `weights` are 1 on the answer, and what needs no gradient (llm_jax/rl/rollout.py): f32
 [batch, length] `old_logp` (of the policy that wrote the answer), `advantages`, where there is a reference `ref_logp`,
 for a critic `values` and `returns`; [batch] `fresh`, 1 where no update lies between writing and learning, and `reward`
-and `gap`, which are only reported. There is no dropout: in a fresh row the ratio to the policy that wrote is exactly 1.
+and `gap`, which are only reported. Where there is no `gap`, the `old_logp` of fresh rows is the sampler's and the gap
+is what lies between it and this forward. There is no dropout: in a fresh row the ratio to the policy that wrote is
+exactly 1.
 
 With `r = exp(logp - old_logp)` the clipped surrogate is `min(r A, clip(r, 1 - low, 1 + high) A)`. The objectives
 differ in what a ratio belongs to (token or answer) and what is averaged (tokens, answers, a constant).
@@ -64,7 +66,7 @@ def critic(
   """The critic is a model of its own (`scalar.with_critic`) that `critic()` builds; its weights: params['critic']."""
   del model, x
   own = params[scalar.CRITIC]
-  return scalar.read(own, critic().hidden(own, batch).x)
+  return scalar.read(own, sequence.hidden(critic(), own, batch)[0])
 
 
 # --- objectives ---------------------------------------------------------------------------------------
@@ -306,6 +308,10 @@ def _loss(
   if 'ref_logp' in batch:
     found |= dict(kl=k1(now.logp, batch['ref_logp']), k3=k3(now.logp, batch['ref_logp']))
   rows = {name: batch[name] for name in ('reward', 'gap') if name in batch} | now.aux
+  if 'gap' not in batch and 'fresh' in batch:
+    off = jnp.abs(now.old - batch['old_logp']) * now.tokens
+    rows['gap'] = off.max(-1)
+    rows['gap_squared'] = rows['gap'] ** 2
   found |= {name: value[:, None] for name, value in rows.items()} | dict(more or {})
   metrics = {name: (over * value).sum() for name, value in found.items()}
   own = [metrics[name] for name in now.aux if not name.startswith('seen/')]

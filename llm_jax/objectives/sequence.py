@@ -55,11 +55,12 @@ def tokens(
   """log p(target | what its position sees) at every position of batch['targets'], which can be differentiated.
 
   rng: for dropout, None for none. chunk: positions of the length whose logits exist at one time (they are computed
-  again for the gradient), None for all at once. temperature: logits are divided by it first.
+  again for the gradient), None for all at once. temperature: logits are divided by it first. Where there are prompts
+  apart (`prompt/inputs`, see `hidden`), the targets are those behind them.
   """
   if chunk is not None and chunk < 1:
     raise UserError(f'chunk={chunk} positions: choose at least 1, or None for the whole length')
-  x, _, aux = model.hidden(params, batch, rng=rng)
+  x, aux = hidden(model, params, batch, rng)
   head, targets = model.head(params), batch['targets']
 
   def score(x: jax.Array, targets: jax.Array) -> tuple[jax.Array, jax.Array]:
@@ -80,6 +81,31 @@ def tokens(
   found = jax.lax.map(lambda part: jax.checkpoint(score)(*part), (cut(x), cut(targets)))
   whole = lambda a: jnp.moveaxis(a, 0, 1).reshape(x.shape[0], -1)[:, : x.shape[1]]
   return Tokens(*jax.tree.map(whole, found), x, aux)
+
+
+def hidden(
+  model: Any, params: Any, batch: Mapping[str, jax.Array], rng: jax.Array | None = None
+) -> tuple[jax.Array, dict[str, jax.Array]]:
+  """(x [batch, length, embed], aux) of `model.hidden`.
+
+  Where `prompt/inputs` [prompts, ...] stand apart, each is read once, into a state, and the rows of the batch are read
+  behind it as in decoding, the first `batch / prompts` of them behind the first. Their `positions` go on where the
+  prompt ends; what pads a prompt is overwritten or, in a recurrent state, left out (`prompt/segments`). Then aux is
+  that of the rows, and there is no dropout.
+  """
+  if 'prompt/inputs' not in batch:
+    x, _, aux = model.hidden(params, batch, rng=rng)
+    return x, aux
+  if rng is not None:
+    raise UserError('texts behind prompts of their own are read without dropout')
+  before = side(batch, 'prompt')
+  (count, width), (rows, length) = before['inputs'].shape, batch['inputs'].shape
+  empty = model.states(params, before, width + length)
+  states = model.hidden(params, before, states=empty).states
+  states = jax.tree.map(lambda s: jnp.repeat(s, rows // count, axis=1), states)
+  own = {name: batch[name] for name in ('inputs', 'positions', 'segments')}
+  x, _, aux = model.hidden(params, own, states=states)
+  return x, aux
 
 
 def total(values: jax.Array, weights: jax.Array) -> jax.Array:

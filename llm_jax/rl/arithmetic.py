@@ -13,7 +13,7 @@ import numpy as np
 
 from llm_jax.core.errors import UserError, nearest
 from llm_jax.data import pipeline
-from llm_jax.rl import rollout
+from llm_jax.rl import layout
 
 SPLITS = ('train', 'heldout')
 
@@ -104,4 +104,4 @@ def _lay(model, vocab, records, answers, length):
   pad = lambda rows, n: np.array([[*r, *[0] * (n - len(r))] for r in rows], np.int32)
   lengths, ends = (np.array([len(r) for r in rows]) for rows in (prompts, answers))
   told = pad(prompts, width), lengths, pad(answers, length - width), ends
-  return rollout.lay(model, *told, vocab.first)
+  return layout.lay(model, *told, vocab.first)

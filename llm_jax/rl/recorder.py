@@ -61,6 +61,8 @@ def record(
     with run.writer.aside():
       shape = lambda x: x[: source.batch]
       batch = {name: shape(x) for name, x in source.rows.items()}
+      if 'gap' not in batch and 'gap_squared' in metrics:
+        batch['gap'] = np.sqrt(np.float32(metrics['gap_squared']))
       logp, entropy = (np.asarray(x) for x in read(state.params, batch))
       found = panel(batch, logp, entropy)
       found['mask'] = float((batch['weights'] != shape(source.expected_weights())).any(1).mean())
@@ -82,7 +84,8 @@ def panel(batch: Mapping[str, np.ndarray], logp: np.ndarray, entropy: np.ndarray
 
   kl, k3: nats per answer, of the policy that wrote from its reference. ratio/: quantiles over tokens of the policy now
   to the one that wrote. old_kl: k3 between the two, per token. clipped: tokens whose ratio is off by more than 0.2.
-  explained_variance: of the returns by the critic, absent without. sign: correlation of
+  gap: the largest of an answer; of a round of one update the root of the mean square that the objective found, absent
+  where that is none of rl. explained_variance: of the returns by the critic, absent without. sign: correlation of
   advantage and reward over answers. reward/NAME: means of what the reward is made of.
   """
   w, n = batch['weights'], batch['weights'].sum(1)
@@ -97,11 +100,12 @@ def panel(batch: Mapping[str, np.ndarray], logp: np.ndarray, entropy: np.ndarray
     length=float(n.mean()),
     reward=float(batch['reward'].mean()),
     reward_std=float(batch['reward'].std()),
-    gap=float(batch['gap'].max()),
     sign=_correlation((batch['advantages'] * w).sum(1) / np.maximum(n, 1), batch['reward']),
     by_length=_correlation(n, batch['reward']),
   )
   found |= {name: float(x.mean()) for name, x in batch.items() if name.startswith('reward/')}
+  if 'gap' in batch:
+    found['gap'] = float(batch['gap'].max())
   if 'ref_logp' in batch:
     pair = batch['old_logp'], batch['ref_logp']
     for name, k in (('kl', policy.k1), ('k3', policy.k3)):
@@ -133,7 +137,7 @@ def diagnose(
   better. The first panel is that of the first round; trends are read from three panels on.
   """
   first, last, found = panels[0], panels[-1], {}
-  if last['gap'] > gap:
+  if last.get('gap', 0) > gap:
     found['gap'] = f'log-probabilities differ by {last["gap"]:.2g} nats'
   if last.get('mask', 0) > 0:
     found['mask_bug'] = f'{100 * last["mask"]:.0f} % of the rows'

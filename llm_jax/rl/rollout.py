@@ -2,23 +2,28 @@ r"""The source of reinforcement learning: answers to prompts, written by the pol
 
 A round reads `state.params`, writes `group` answers to each of `round / group` prompts, scores them, takes the
 learner's own log-probabilities of their tokens, the reference's and the critic's values, and credits every token
-(rl/advantage.py). Then it gives `epochs` passes of minibatches over them before it writes again.
+(rl/advantage.py). Then it gives `epochs` passes of minibatches over them before it writes again. A round that is one
+update needs no log-probabilities of the learner beforehand, as the objective has its own and the policy has not moved:
+where nothing else asks for them (a critic, the KL penalty), the sampler's stand in their place.
 
     inputs targets weights positions segments [prefix]    prompt and answer (data/batch.py); weights 1 on the answer
-    old_logp [ref_logp] [values]   [batch, length] f32    of the targets, nats, as of the round's start
+    old_logp [ref_logp] [values]   [batch, length] f32    of the targets, nats, as of the round's start: the learner's;
+                                                          the sampler's, 0 off the answer, in a round of one update
     advantages returns             [batch, length] f32    see rl/advantage.py
-    reward gap                     [batch] f32            the score; max |sampler's - learner's logp| of a token, nats
+    reward [gap]                   [batch] f32            the score; max |sampler's - learner's logp| of a token, nats;
+                                                          in a round of one update the objective finds it out
     [reward/NAME]                  [batch] f32            what the score is made of, see `reward.combined`
     index fresh                    [batch]                the prompt's number; 1 in the first minibatch of a round
 
+These are arrays of rl/layout.py, of one of a few lengths, or with `layout.shared` answers behind their prompts.
 Prompts, draws and the order of minibatches are fixed by the seed and the number of the round. What the policy of the
 round's start wrote cannot be written again once it has moved on, so `state()` holds the round while it is being used.
 """
 
-import base64
+import contextlib
 import functools
-import zlib
-from collections.abc import Callable, Mapping, Sequence
+import time
+from collections.abc import Callable, Iterator, Mapping
 from typing import Any, NamedTuple
 
 import jax
@@ -30,10 +35,11 @@ from llm_jax.data import pipeline, templates
 from llm_jax.decode import generate as generate_lib
 from llm_jax.decode import prompts as prompts_lib
 from llm_jax.decode import steps
-from llm_jax.model import scalar
+from llm_jax.model import scalar, stack
 from llm_jax.objectives import sequence
 from llm_jax.rl import advantage as advantage_lib
 from llm_jax.rl import annotate
+from llm_jax.rl import layout as layout_lib
 from llm_jax.rl import reward as reward_lib
 from llm_jax.train import checkpoint
 
@@ -68,16 +74,19 @@ def of_run(model: Any, *, path: str, vocab: Callable | None = None) -> Any:
   """
   if vocab is not None:
     annotate.check_vocab(path, vocab())
-  own = (scalar.NAME, scalar.CRITIC)
-  part = lambda tree: {name: value for name, value in tree.items() if name not in own}
   with mesh.outside():
-    shapes = part(jax.eval_shape(model.init, jax.random.key(0)))
+    shapes = _policy(jax.eval_shape(model.init, jax.random.key(0)))
   if mesh.current() is not None:
-    where = mesh.shardings(part(model.axes), shapes)
+    where = mesh.shardings(_policy(model.axes), shapes)
     shapes = jax.tree.map(
       lambda x, s: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=s), shapes, where
     )
   return checkpoint.load_params(path, shapes)
+
+
+def _policy(params: Any) -> Any:
+  """Without value head and critic."""
+  return {k: v for k, v in params.items() if k not in (scalar.NAME, scalar.CRITIC)}
 
 
 # --- which answers are learned from -------------------------------------------------------------------
@@ -118,6 +127,8 @@ class _Settings(NamedTuple):
   rows: int
   epochs: int
   width: int
+  lengths: int
+  layout: layout_lib.Layout
   max_new: int
   temperature: float
   tries: int
@@ -143,6 +154,8 @@ def make(
   round: int = 64,
   epochs: int = 1,
   prompt_length: int | None = None,
+  lengths: int = 4,
+  layout: Callable = layout_lib.whole,
   max_new: int = 32,
   temperature: float = 1.0,
   tries: int = 8,
@@ -157,8 +170,10 @@ def make(
   reference: (model) -> parameters that log-probabilities are held against, see `of_run`. value: as in `policy.ppo`,
   None for no critic. beta: of the KL penalty per token, moved after each round by control(beta, kl). keep: the answers
   to learn from; prompts are drawn until the round is full, `tries` times at most. penalty: lengths [n] -> added to the
-  scores. form: `plain` or `chat`. prompt_length: tokens, default those of the longest. temperature: of the policy, for
-  drawing and for all log-probabilities (objectives have the same argument).
+  scores. form: `plain` or `chat`. prompt_length: tokens, default those of the longest. lengths: how many lengths
+  prompts are padded to, and as many rows: the shortest that a round fits into. layout: `layout.whole`, or
+  `layout.shared` to read a prompt once for all its answers. temperature: of the policy, for drawing and for all
+  log-probabilities (objectives have the same argument).
 
   Raises `UserError` for what does not fit together, a reward model with another tokenizer and a prompt that is too
   long, before anything is compiled; in any round for a reward that is no number, naming the prompt.
@@ -189,12 +204,15 @@ def make(
       f'prompts of {width} tokens and answers of max_new={max_new} do not fit into the {most} positions of the model: '
       'lower max_new or prompt_length'
     )
-  process = pipeline.processes(process_index, process_count)
+  process, arranged = pipeline.processes(process_index, process_count), layout()
+  unit = group * mesh.batch_ways() if arranged.grouped else 1
   if batch % process[1]:
     raise UserError(f'a batch of {batch} rows does not divide over {process[1]} processes')
+  if batch % unit or batch // process[1] % (group if arranged.grouped else 1):
+    raise UserError(f'layout.shared: batch={batch} must be whole groups of {group} on every device')
   settings = _Settings(
-    reward, estimate, reference, value, control, keep, penalty, group, round, epochs, width, max_new,
-    temperature, tries, seed,
+    reward, estimate, reference, value, control, keep, penalty, group, round, epochs, width, lengths,
+    arranged, max_new, temperature, tries, seed,
   )  # fmt: skip
   return Rollout(model, words, records, forms, batch, beta, settings, process)
 
@@ -202,8 +220,9 @@ def make(
 class Rollout:
   """Gives minibatches; owns the round they come from.
 
-  batch, length, vocab: as of every source. round: the number of the one in use. records: the prompts. beta: the KL
-  coefficient of the next round. rows: the round's arrays, None before the first.
+  batch, length, vocab: as of every source, the longest length. round: the number of the one in use. records: the
+  prompts. beta: the KL coefficient of the next round. rows: the round's arrays, None before the first. seconds: what
+  the last round took to `draw` answers, `score` them and to `read` them (learner, reference, critic).
   """
 
   def __init__(self, model, vocab, records, forms, batch, beta, settings, process):
@@ -213,9 +232,11 @@ class Rollout:
     self.round, self.beta, self.rows = 0, beta, None
     self._model, self._forms, self._s, self._process = model, forms, settings, process
     self._given, self._cursor, self._memory = 0, 0, {}
+    self.seconds: dict[str, float] = {}
     self._reference = None
     read = functools.partial(_read, model, settings.value, settings.temperature)
     self._read = jax.jit(read, static_argnames='critic')
+    self._apart = jax.jit(lambda params: stack.apart(_policy(params)))  # draws twice as fast
     self._order = functools.lru_cache(maxsize=2)(
       lambda epoch: np.random.default_rng([settings.seed, epoch]).permutation(len(records))
     )
@@ -236,12 +257,16 @@ class Rollout:
       except Exception:
         self._cursor, self._memory = before  # a round that failed can begin again
         raise
-    epoch, k = divmod(self._given, self._s.rows // self.batch)
-    rng = np.random.default_rng([self._s.seed, self.round, epoch])
-    rows = rng.permutation(self._s.rows)[k * self.batch : (k + 1) * self.batch]
+    s = self._s
+    epoch, k = divmod(self._given, s.rows // self.batch)
+    rng = np.random.default_rng([s.seed, self.round, epoch])
+    unit = s.group if s.layout.grouped else 1
+    order = rng.permutation(s.rows // unit)[:, None] * unit + np.arange(unit)
+    rows = order.reshape(-1)[k * self.batch : (k + 1) * self.batch]
     index, count = self._process
     share = self.batch // count
-    given = {name: x[rows[index * share : (index + 1) * share]] for name, x in self.rows.items()}
+    mine = rows[index * share : (index + 1) * share]
+    given = s.layout.cut({name: x[mine] for name, x in self.rows.items()}, self._shape(self.rows))
     given['fresh'] = np.full(share, self._given == 0, np.float32)
     self._given += 1
     return given
@@ -256,17 +281,18 @@ class Rollout:
 
   def expected_weights(self) -> np.ndarray:
     """What the weights of the round in use should be, from the prompts and the first end after each: f32, likewise."""
-    form, place = self._forms[0], np.arange(self.length)
+    form, length = self._forms[0], self.rows['inputs'].shape[1]
+    place = np.arange(length)
     first = np.array([len(self._forms[i].ids) - (form.start is None) for i in self.rows['index']])
     ended = (self.rows['targets'] == form.end) & (place >= first[:, None])
-    cut = np.minimum(first + self._s.max_new, self.length)
+    cut = np.minimum(first + self._s.max_new, length)
     last = np.where(ended.any(1), np.argmax(ended, 1) + 1, cut)
     return ((place >= first[:, None]) & (place < last[:, None])).astype(np.float32)
 
   def state(self) -> dict[str, Any]:
     """Where the next minibatch comes from, JSON-able; the round itself as long as some of it is to be given."""
     over = self._given == self.per_round
-    kept = None if over or self.rows is None else pack(self.rows)
+    kept = None if over or self.rows is None else layout_lib.pack(self.rows)
     place = dict(round=self.round + over, given=0 if over else self._given, cursor=self._cursor)
     return dict(**place, beta=self.beta, memory=dict(self._memory), rows=kept)
 
@@ -280,7 +306,7 @@ class Rollout:
     place = (int(state[name]) for name in ('round', 'given', 'cursor'))
     self.round, self._given, self._cursor = place
     self.beta, self._memory = float(state['beta']), dict(state['memory'])
-    self.rows = None if state['rows'] is None else unpack(state['rows'])
+    self.rows = None if state['rows'] is None else layout_lib.unpack(state['rows'])
     if self.rows is not None and len(self.rows['index']) != self._s.rows:
       raise UserError(
         f'the checkpoint is in the middle of a round of {len(self.rows["index"])} answers, not {self._s.rows}: '
@@ -303,7 +329,7 @@ class Rollout:
     if self._reference is None and self._s.reference is not None:
       self._reference = self._s.reference(self._model)
     key = jax.random.fold_in(jax.random.key(self._s.seed), self.round)
-    found, kls = [], []
+    found, kls, self.seconds = [], [], {}
     for attempt in range(self._s.tries):
       made, kl, keep = self._attempt(params, jax.random.fold_in(key, attempt))
       found.append({name: x[keep] for name, x in made.items()})
@@ -317,6 +343,8 @@ class Rollout:
         'temperature, use easier prompts, or keep=rollout.every'
       )
     self.beta = self._s.control(self.beta, float(np.mean(kls)))
+    length = max(part['inputs'].shape[1] for part in found)
+    found = [layout_lib.fit(part, length) for part in found]
     return {
       name: np.concatenate([part[name] for part in found])[: self._s.rows] for name in found[0]
     }
@@ -326,34 +354,54 @@ class Rollout:
     s, count = self._s, self._s.rows // self._s.group
     index = np.array([self._prompt(self._cursor + i) for i in range(count)])
     self._cursor += count
-    ids = np.zeros((count, s.width), np.int32)
-    for row, i in zip(ids, index, strict=True):
-      row[: len(self._forms[i].ids)] = self._forms[i].ids
-    form, lengths = self._forms[index[0]], np.array([len(self._forms[i].ids) for i in index])
-    told = dict(eos=form.end, start=form.start, temperature=s.temperature)
-    told |= dict(allowed=prompts_lib.drawable(self._model, self.vocab))
-    out = generate_lib.generate(
-      self._model, params, ids, lengths, key, max_new=s.max_new, n=s.group, **told
-    )
-    tokens, ends, said = (np.asarray(x) for x in out)
-    index = np.repeat(index, s.group)
-    earned = self._score(index, tokens, ends)
-    made = lay(
-      self._model, np.repeat(ids, s.group, 0), np.repeat(lengths, s.group), tokens, ends, form.start
-    )
-    found = self._learners(params, made)
-    answer = (np.repeat(lengths, s.group) - (form.start is None))[:, None] + np.arange(s.max_new)
-    own = np.take_along_axis(found.pop('raw'), np.minimum(answer, self.length - 1), axis=1)
-    real = np.arange(s.max_new) < ends[:, None]
-    gap = np.where(real, np.abs(own - said), 0).max(1).astype(np.float32)
-    weights, logp = made['weights'], found['old_logp']
+    made, tokens, ends, said = self._drawn(params, key, index)
+    index = np.repeat(index, s.group).astype(np.int32)
+    with self._timed('score'):
+      earned = self._score(index, tokens, ends)
+    weights = made['weights']
+    alone = self.per_round == 1 and s.value is None and not self.beta
+    found = self._learners(None if alone else params, made | dict(index=index))
+    logp = found.setdefault('old_logp', said)
     against = found.get('ref_logp', logp)
     rewards = advantage_lib.penalised(earned['reward'], logp, against, weights, self.beta)
     told = advantage_lib.Told(earned['reward'], rewards, found.get('values'), weights, s.group)
     credit, self._memory = s.estimate(told, self._memory)
-    made |= found | credit._asdict() | earned | dict(gap=gap, index=index.astype(np.int32))
+    made |= found | credit._asdict() | earned
+    if not alone:
+      made['gap'] = np.where(weights > 0, np.abs(logp - said), 0).max(1).astype(np.float32)
+    made['index'] = index
     keep = s.keep(earned['reward'].reshape(-1, s.group)).reshape(-1)
     return made, float(((logp - against) * weights).sum(1).mean()), keep
+
+  def _drawn(self, params: Any, key: jax.Array, index: np.ndarray) -> tuple:
+    """(rows of answers to the prompts `index`, their tokens and lengths, the sampler's log-probabilities as rows)."""
+    s, form = self._s, self._forms[index[0]]
+    lengths = np.array([len(self._forms[i].ids) for i in index])
+    ids = np.zeros((len(index), layout_lib.width(lengths.max(), s.width, s.lengths)), np.int32)
+    for row, i in zip(ids, index, strict=True):
+      row[: len(self._forms[i].ids)] = self._forms[i].ids
+    told = dict(eos=form.end, start=form.start, temperature=s.temperature, logp_at=s.temperature)
+    told |= dict(allowed=prompts_lib.drawable(self._model, self.vocab))
+    with self._timed('draw'):
+      out = generate_lib.generate(
+        self._model, self._apart(params), ids, lengths, key, max_new=s.max_new, n=s.group, **told
+      )
+      tokens, ends, said = (np.asarray(x) for x in out)
+    ids, lengths = (np.repeat(x, s.group, 0) for x in (ids, lengths))
+    made = layout_lib.lay(self._model, ids, lengths, tokens, ends, form.start)
+    length = layout_lib.width(layout_lib.used(made), self.length, s.lengths)
+    said = layout_lib.behind(said, lengths - (form.start is None), length)
+    return layout_lib.fit(made, length), tokens, ends, said
+
+  def _shape(self, rows: Arrays) -> layout_lib.Shape:
+    s = self._s
+    return layout_lib.shape(rows, s.group, s.width, s.max_new, s.lengths)
+
+  @contextlib.contextmanager
+  def _timed(self, name: str) -> Iterator[None]:
+    begun = time.perf_counter()
+    yield
+    self.seconds[name] = self.seconds.get(name, 0.0) + time.perf_counter() - begun
 
   def _prompt(self, position: int) -> int:
     """The record at a position of the endless order: every epoch is a permutation of its own."""
@@ -375,76 +423,27 @@ class Rollout:
     return parts | dict(reward=np.asarray(scores + penalty, np.float32))
 
   def _learners(self, params: Any, made: Arrays) -> Arrays:
-    """What the learner's own forward says of the round's tokens, in parts of the shape that it learns from."""
-    parts = []
-    for first in range(0, len(made['inputs']), self.batch):
-      some = {name: x[first : first + self.batch] for name, x in made.items()}
-      found = self._read(params, some)
-      if self._reference is not None:
-        found['ref_logp'] = self._read(self._reference, some, critic=False)['old_logp']
-      parts.append(jax.device_get(found))
+    """What the learner's own forward says of the round's tokens, in parts of the shape that it learns from, and the
+    reference's. params: None for the reference alone."""
+    if params is None and self._reference is None:
+      return {}
+    parts, shape, layout = [], self._shape(made), self._s.layout
+    with self._timed('read'):
+      for first in range(0, len(made['inputs']), self.batch):
+        rows = {name: x[first : first + self.batch] for name, x in made.items()}
+        some = layout.cut(rows, shape)
+        found = {} if params is None else self._read(params, some)
+        if self._reference is not None:
+          found['ref_logp'] = self._read(self._reference, some, critic=False)['old_logp']
+        found = jax.device_get(found)
+        parts.append({name: layout.back(x, rows) for name, x in found.items()})
     return {name: np.concatenate([part[name] for part in parts]) for name in parts[0]}
 
 
-def _read(
-  model: Any,
-  value: Callable | None,
-  temperature: float,
-  params: Any,
-  batch: Any,
-  critic: bool = True,
-) -> dict[str, jax.Array]:
-  """old_logp, values; raw: at temperature 1, as the sampler reports it."""
+def _read(model, value, temperature, params, batch, critic=True) -> dict[str, jax.Array]:
+  """old_logp, values: of the targets."""
   now = sequence.tokens(model, params, batch, temperature=temperature)
-  found = dict(old_logp=now.logp, raw=now.logp)
-  if temperature != 1:
-    found['raw'] = sequence.tokens(model, params, batch).logp
+  found = dict(old_logp=now.logp)
   if critic and value is not None:
     found['values'] = value(model, params, batch, now.x)
   return jax.tree.map(steps.whole, found)
-
-
-def lay(
-  model: Any,
-  prompts: np.ndarray,
-  lengths: np.ndarray,
-  tokens: np.ndarray,
-  ends: np.ndarray,
-  start: int | None,
-) -> Arrays:
-  """Prompts and answers as the rows that decoding reads them as, shifted: see the top of data/batch.py.
-
-  prompts: int32 [n, width], lengths: [n]; tokens: int32 [n, max_new], ends: [n]; right-padded. start: id in front, None
-  for none; then the first token of a prompt is no target.
-  """
-  n, length = len(prompts), prompts.shape[1] + tokens.shape[1]
-  whole = np.zeros((n, length), np.int32)
-  whole[:, : prompts.shape[1]] = prompts
-  at = lengths[:, None] + np.arange(tokens.shape[1])
-  whole[np.arange(n)[:, None], at] = tokens
-  place = np.arange(length)
-  whole = np.where(place < (lengths + ends)[:, None], whole, 0).astype(np.int32)
-  counts = (place >= lengths[:, None]) & (place < (lengths + ends)[:, None])
-  if start is None:
-    inputs, targets, counts = whole[:, :-1], whole[:, 1:], counts[:, 1:]
-  else:
-    inputs, targets = np.concatenate([np.full((n, 1), start, np.int32), whole[:, :-1]], 1), whole
-  positions = np.broadcast_to(np.arange(inputs.shape[1], dtype=np.int32), inputs.shape)
-  used = (lengths + ends - (start is None))[:, None]
-  made = dict(inputs=inputs, targets=targets, weights=counts.astype(np.float32))
-  made |= dict(positions=positions, segments=(positions < used).astype(np.int32))
-  if model.card.kind == 'prefix':
-    made['prefix'] = positions <= (lengths - (start is None))[:, None]
-  return made
-
-
-def pack(arrays: Arrays) -> dict[str, list]:
-  """Arrays as JSON: name -> [dtype, shape, base64 of what zlib makes of the bytes]."""
-  text = lambda x: base64.b64encode(zlib.compress(np.ascontiguousarray(x).tobytes(), 1)).decode()
-  return {name: [x.dtype.str, list(x.shape), text(x)] for name, x in arrays.items()}
-
-
-def unpack(packed: Mapping[str, Sequence]) -> Arrays:
-  """Undoes `pack`, bit by bit."""
-  read = lambda d, text: np.frombuffer(zlib.decompress(base64.b64decode(text)), d)
-  return {name: read(d, text).reshape(shape).copy() for name, (d, shape, text) in packed.items()}

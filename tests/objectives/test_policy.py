@@ -19,6 +19,7 @@ from llm_jax.core.errors import UserError
 from llm_jax.interop import families, huggingface
 from llm_jax.model import scalar
 from llm_jax.objectives import language, loss, policy, sequence
+from llm_jax.rl import layout
 from tests.model.test_scalar import make as plain
 from tests.objectives import make_policy_reference as oracle
 from tests.objectives.test_trl import FRESH, MODELS, loaded
@@ -90,6 +91,31 @@ def test_losses_and_gradients_are_trls(case):
     wanted = expected()[f'{case}/gradient/{name}']
     assert np.abs(wanted).max() > 1e-3
     np.testing.assert_allclose(theirs[name], wanted, atol=1e-5, err_msg=name)
+
+
+def test_they_are_trls_too_behind_prompts_of_their_own():
+  """Answers in one array, prompts in another (rl/layout.py)."""
+  (model, params), batch = loaded(), told(oracle.ADVANTAGES)
+  lengths = np.array([len(p) + len(a) - 1 for p, a in oracle.texts()])
+  batch |= dict(segments=(np.arange(LENGTH) < lengths[:, None]).astype(np.int32))
+  shape = layout.Shape(1, max(len(p) for p, _ in oracle.texts()), oracle.LONGEST)
+  cut = layout.shared().cut(batch | dict(index=np.arange(4)), shape)
+  assert cut['inputs'].shape == (4, oracle.LONGEST)
+
+  @jax.jit
+  @jax.value_and_grad
+  def mean(params):
+    out = policy.grpo(model, params, cut, None, clip=0.2, beta=0.04)
+    return out.sum / out.weight
+
+  value, grads = mean(params)
+  np.testing.assert_allclose(value, expected()['grpo/loss'], atol=1e-5)
+  family = families.family(huggingface.settings(str(MODELS / 'llama')))
+  theirs = huggingface.to_theirs(family, tree.flatten(jax.tree.map(np.asarray, grads)))
+  for name in oracle.TENSORS:
+    np.testing.assert_allclose(
+      theirs[name], expected()[f'grpo/gradient/{name}'], atol=1e-5, err_msg=name
+    )
 
 
 # --- a tiny model of our own --------------------------------------------------------------------------

@@ -78,6 +78,12 @@ def shifted(source, rows):
   rows['gap'] = rows['gap'] + 0.02
 
 
+def elsewhere(source, rows):
+  assert 'gap' not in rows
+  few = (np.arange(len(rows['weights'])) < 2)[:, None]
+  rows['old_logp'] = rows['old_logp'] + np.float32(0.02) * few * rows['weights']
+
+
 def blind(source, rows):
   rows['values'] = rows['values'] + 5 * np.sin(np.arange(rows['values'].size)).reshape(
     rows['values'].shape
@@ -102,6 +108,9 @@ FAULTS = {
   'stale policy': ('stale_policy', lambda: fly(broken(stale), steps=3)),
   'sign of the advantages': ('reward_sign', lambda: fly(broken(turned), steps=3)),
   'sampler with another temperature': ('gap', lambda: fly(broken(shifted), steps=3)),
+  'the same in rounds of one update': (
+    'gap', lambda: fly(broken(elsewhere, epochs=1), steps=3)
+  ),
   'constant reward': ('constant_reward', lambda: fly(toys.make_source(reward=constant), steps=8)),
   'length pays': (
     'length_exploit', lambda: fly(toys.make_source(reward=by_length), steps=24, gold=None)

@@ -1,5 +1,6 @@
 """The rollout: its log-probabilities, order, resumption in the middle of a round, one compilation per shape, errors."""
 
+import itertools
 import json
 from functools import partial
 
@@ -11,7 +12,8 @@ import pytest
 from llm_jax.core import mesh
 from llm_jax.core.errors import UserError
 from llm_jax.decode import score
-from llm_jax.rl import advantage, rollout, toy
+from llm_jax.objectives import policy
+from llm_jax.rl import advantage, layout, rollout, toy
 from llm_jax.train import checkpoint, hooks, report
 from llm_jax.train.state import State
 from tests.rl import toys
@@ -53,7 +55,7 @@ def test_log_probabilities_are_those_of_the_learner_and_of_the_sampler():
 
 def test_the_first_minibatch_is_at_ratio_one_exactly():
   """Not nearly: the policy has not moved, so no token may seem to have."""
-  for method in ('ppo', 'grpo', 'rloo'):
+  for method in ('ppo', 'grpo', 'rloo', 'shared'):
     _, seen = toys.train(
       toys.make_source(method=method, round=128, epochs=2),
       toys.first(method=method),
@@ -84,8 +86,9 @@ def test_prompts_and_minibatches_are_fixed_by_the_seed():
     seen |= set(a.rows['index'])
 
 
-@pytest.mark.parametrize('method', ['ppo', 'grpo'])
-@pytest.mark.parametrize('stop', [2, 5, 8])
+@pytest.mark.parametrize(
+  ('method', 'stop'), [*itertools.product(('ppo', 'grpo'), (2, 5, 8)), ('shared', 5)]
+)
 def test_a_killed_run_goes_on_bit_by_bit(method, stop, tmp_path):
   """Stopped in the first minibatches of a round, in the middle and at its end: what comes is what would have come."""
   make = partial(
@@ -121,7 +124,7 @@ def test_arrays_come_back_bit_by_bit():
     a=rng.normal(size=(3, 5)).astype(np.float32), b=rng.integers(0, 9, (2, 2)).astype(np.int32),
     c=np.array([True, False]), d=np.array([np.nan, -0.0, np.inf], np.float32),
   )  # fmt: skip
-  found = rollout.unpack(json.loads(json.dumps(rollout.pack(arrays))))
+  found = layout.unpack(json.loads(json.dumps(layout.pack(arrays))))
   for name, x in arrays.items():
     assert found[name].dtype == x.dtype and found[name].tobytes() == x.tobytes()
     assert found[name].shape == x.shape
@@ -139,6 +142,63 @@ def test_one_program_for_every_round():
   for _ in range(8):
     source(state)
   assert compiled == [] and source.round == 2
+
+
+def test_a_round_is_as_long_as_it_needs_and_no_longer():
+  """Prompts of 2 to 60 letters: at most four lengths of prompts and of rows, compiled once each, and the log-
+  probabilities are those of the learner at any of them."""
+  model = toy.model(value=False, length=72)
+  texts = [toy.LETTERS[i % 13] * n for i, n in enumerate((2, 60, 20, 40, 3, 30, 50, 10))]
+  source = rollout.make(
+    model, prompts=lambda: [dict(prompt=t) for t in texts], reward=toy.gold, vocab=toy.Letters,
+    batch=8, round=8, max_new=8, epochs=2,
+  )  # fmt: skip
+  state = State(None, model.init(jax.random.key(0)), None)
+  compiled, seen = [], set()
+  jax.monitoring.register_event_duration_secs_listener(
+    lambda name, seconds, **_: compiled.append(name) if 'backend_compile' in name else None
+  )
+  for i in range(32):
+    before, shape = len(compiled), source(state)['inputs'].shape[1]
+    prompt = len(texts[source.rows['index'][0]])
+    assert prompt < shape <= min(68, prompt + 8 + 17) and source.rows['gap'].max() < 1e-5
+    assert i < 16 or len(compiled) == before, 'each prompt was there once'
+    seen.add(shape)
+  assert seen == {17, 34, 51, 68}
+
+
+def test_a_round_of_one_update_is_read_once():
+  """By the update: with the sampler's log-probabilities in the batch it finds the same loss and gradients, to the last
+  bit, as with the learner's; the gap between the two is its metric."""
+  source = toys.make_source(epochs=1, temperature=0.7)
+  read, source._read = source._read, None
+  source._reference = toys.start(0)
+  source._s = source._s._replace(reference=None)
+  with pytest.raises(TypeError):
+    source(toys.first())  # the reference's forward, which nothing stands in for
+  source._reference = None
+  batch = source(toys.first())
+  assert 'gap' not in batch and batch['fresh'].all()
+  exact = np.asarray(read(toys.start(0), batch)['old_logp'])
+  gap = (np.abs(exact - batch['old_logp']) * batch['weights']).max(1)
+  assert 0 < gap.max() < 5e-6
+
+  @jax.jit
+  def found(params, batch):
+    told = lambda p: (lambda out: (out.sum, out))(
+      policy.grpo(toys.model(), p, batch, None, temperature=0.7)
+    )
+    return jax.value_and_grad(told, has_aux=True)(params)
+
+  (_, out), grads = found(toys.start(0), batch)
+  (_, before), wanted = found(toys.start(0), dict(batch, old_logp=exact, gap=gap))
+  jax.tree.map(np.testing.assert_array_equal, (out.sum, grads), (before.sum, wanted))
+  assert out.metrics['old_kl'] == 0 and max(np.abs(x).max() for x in jax.tree.leaves(grads)) > 0.01
+  np.testing.assert_allclose(out.metrics['gap'], gap.sum(), atol=1e-5)
+  off = dict(batch, old_logp=batch['old_logp'] + 0.1 * (np.arange(64) == 5)[:, None])
+  metrics = found(toys.start(0), off)[0][1].metrics
+  np.testing.assert_allclose(metrics['gap'], 0.1, rtol=1e-3)
+  np.testing.assert_allclose(metrics['gap_squared'], 0.01, rtol=1e-3)
 
 
 def test_dynamic_sampling_fills_the_round_with_what_can_be_learned_from():
@@ -187,12 +247,12 @@ def test_temperature_is_that_of_the_policy():
 def test_layouts_with_and_without_a_start():
   prompts, lengths = np.array([[5, 6, 0], [7, 8, 9]], np.int32), np.array([2, 3])
   tokens, ends = np.array([[4, 1], [3, 0]], np.int32), np.array([2, 1])
-  made = rollout.lay(toys.model(), prompts, lengths, tokens, ends, 0)
+  made = layout.lay(toys.model(), prompts, lengths, tokens, ends, 0)
   np.testing.assert_array_equal(made['inputs'], [[0, 5, 6, 4, 1], [0, 7, 8, 9, 3]])
   np.testing.assert_array_equal(made['targets'], [[5, 6, 4, 1, 0], [7, 8, 9, 3, 0]])
   np.testing.assert_array_equal(made['weights'], [[0, 0, 1, 1, 0], [0, 0, 0, 1, 0]])
   np.testing.assert_array_equal(made['segments'], [[1, 1, 1, 1, 0], [1, 1, 1, 1, 0]])
-  made = rollout.lay(toys.model(), prompts, lengths, tokens, ends, None)
+  made = layout.lay(toys.model(), prompts, lengths, tokens, ends, None)
   np.testing.assert_array_equal(made['inputs'], [[5, 6, 4, 1], [7, 8, 9, 3]])
   np.testing.assert_array_equal(made['targets'], [[6, 4, 1, 0], [8, 9, 3, 0]])
   np.testing.assert_array_equal(made['weights'], [[0, 1, 1, 0], [0, 0, 1, 0]])

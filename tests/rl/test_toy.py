@@ -4,7 +4,7 @@ import jax
 import numpy as np
 import pytest
 
-from llm_jax.rl import annotate, reward, rollout, toy
+from llm_jax.rl import annotate, layout, reward, toy
 from tests.rl import toys
 
 
@@ -51,7 +51,7 @@ def gold_pairs(seed):
   for side, rows in laid.items():
     ids, ends = np.array([ids for ids, _ in rows], np.int32), [len(said) for _, said in rows]
     tokens = np.array([said + [0] * (9 - len(said)) for _, said in rows], np.int32)
-    text = rollout.lay(toys.model(), ids, np.full(256, 2), tokens, np.array(ends), words.start)
+    text = layout.lay(toys.model(), ids, np.full(256, 2), tokens, np.array(ends), words.start)
     batch |= {f'{side}/{name}': value for name, value in text.items()}
   return batch
 

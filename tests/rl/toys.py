@@ -11,7 +11,7 @@ import numpy as np
 from llm_jax.core import mesh
 from llm_jax.objectives import language, policy, preference
 from llm_jax.optim import chain, rules, schedules
-from llm_jax.rl import advantage, rollout, toy
+from llm_jax.rl import advantage, layout, rollout, toy
 from llm_jax.train import loop, state, step
 
 METHODS = {
@@ -19,6 +19,12 @@ METHODS = {
     objective=policy.ppo, estimate=advantage.gae, value=policy.value_head, beta=0.02, epochs=2
   ),
   'grpo': dict(objective=partial(policy.grpo, beta=0.02), estimate=advantage.grpo, epochs=2),
+  'shared': dict(
+    objective=partial(policy.grpo, beta=0.02),
+    estimate=advantage.grpo,
+    epochs=2,
+    layout=layout.shared,
+  ),
   'rloo': dict(objective=policy.rloo, estimate=advantage.leave_one_out, beta=0.02),
   'reinforce': dict(objective=policy.reinforce, estimate=advantage.batch_mean, beta=0.02),
   'raft': dict(objective=language.next_token, estimate=advantage.score, keep=rollout.best, tries=9),
