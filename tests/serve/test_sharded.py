@@ -82,6 +82,7 @@ CASES = {
   'experts': (dict(kind='experts'), 2, None),
   'prefix': (dict(kind='prefix'), 2, None),
   'encoder and decoder': (dict(kind='encoder_decoder'), 2, None),
+  'encoder and decoder in int8': (dict(kind='encoder_decoder'), 2, 'int8'),
 }
 
 
