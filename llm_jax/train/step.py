@@ -12,6 +12,7 @@ import jax.numpy as jnp
 import optax
 
 from llm_jax.core import mesh, tree
+from llm_jax.core.errors import UserError
 from llm_jax.train.state import Layout, State
 
 Update = Callable[[State, Any, jax.Array], tuple[State, dict[str, jax.Array]]]
@@ -77,7 +78,7 @@ def _accumulate(
 
   if microbatches == 1:
     return one(batch, key)
-  parts = jax.tree.map(lambda x: _cut(x, microbatches), batch)
+  parts = _cut(batch, microbatches)
   keys = jax.random.split(key, microbatches)
 
   def add(carry: Any, part: Any):
@@ -87,6 +88,19 @@ def _accumulate(
   return jax.lax.scan(add, first, (jax.tree.map(lambda x: x[1:], parts), keys[1:]))[0]
 
 
-def _cut(x: jax.Array, parts: int) -> jax.Array:
-  """[batch, ...] -> [parts, batch / parts, ...], every part spread over all devices that hold the batch."""
-  return jnp.swapaxes(x.reshape(x.shape[0] // parts, parts, *x.shape[1:]), 0, 1)
+def _cut(batch: Any, parts: int) -> Any:
+  """[batch, ...] -> [parts, batch / parts, ...], every part spread over all devices that hold the batch.
+
+  Where some arrays have a row for several of the others (prompts of their own, rl/layout.py), those stay together.
+  """
+  units = min(len(x) for x in jax.tree.leaves(batch))
+  if units % parts:
+    raise UserError(
+      f'{units} prompts with all their answers do not divide into {parts} microbatches: choose a divisor of {units}'
+    )
+
+  def one(x: jax.Array) -> jax.Array:
+    cut = x.reshape(units // parts, parts, len(x) // units, *x.shape[1:])
+    return jnp.swapaxes(cut, 0, 1).reshape(parts, len(x) // parts, *x.shape[1:])
+
+  return jax.tree.map(one, batch)

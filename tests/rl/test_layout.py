@@ -13,7 +13,9 @@ from llm_jax.core.errors import UserError
 from llm_jax.model import attention, block, ffn, scalar, transformer
 from llm_jax.model.recurrent import mamba
 from llm_jax.objectives import policy, sequence
+from llm_jax.optim import chain, rules
 from llm_jax.rl import layout
+from llm_jax.train import state, step
 from tests.variants import variants
 
 
@@ -104,6 +106,27 @@ def test_the_same_is_learned_from_both(mixer, start):
   jax.tree.map(partial(np.testing.assert_allclose, rtol=1e-4, atol=1e-5), loss, out)
   jax.tree.map(partial(np.testing.assert_allclose, rtol=1e-3, atol=1e-5), gradient, grads)
   assert max(float(jnp.abs(x).max()) for x in jax.tree.leaves(grads)) > 0.1
+
+
+def test_microbatches_keep_groups_together():
+  """Two microbatches are the whole batch: same loss, same parameters after an update; three of four groups are not."""
+  made, params = model('attention')
+  batch = layout.shared().cut(rows(group=3, prompts=(3, 1, 5, 2)), layout.Shape(3, 7, 5))
+  tx = chain.make(made.axes, schedule=lambda step: 0.1, rule=rules.sgd)
+
+  def updated(parts):
+    copy = jax.tree.map(jnp.array, params)  # an update reuses its own
+    first = state.State(jnp.zeros((), jnp.int32), copy, tx.init(copy))
+    update = step.make(partial(policy.grpo, made), tx, microbatches=parts)
+    last, metrics = update(first, batch, jax.random.key(0))
+    return last.params, metrics
+
+  (whole, told), (parts, metrics) = updated(1), updated(2)
+  close = partial(np.testing.assert_allclose, rtol=1e-3, atol=1e-5)
+  jax.tree.map(close, parts, whole)
+  close(metrics['loss'], told['loss'])
+  with pytest.raises(UserError, match='do not divide into 3 microbatches'):
+    updated(3)
 
 
 def test_rows_of_another_length():
