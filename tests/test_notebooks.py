@@ -8,6 +8,8 @@ import nbclient
 import nbformat
 import pytest
 
+from tests.variants import variants
+
 ROOT = pathlib.Path(__file__).resolve().parents[1]
 NOTEBOOKS = sorted(ROOT.glob('notebooks/*.ipynb'))
 
@@ -23,7 +25,10 @@ def printed(cell) -> str:
   return '\n'.join(line.rstrip() for line in ''.join(parts).strip().splitlines())
 
 
-@pytest.mark.parametrize('path', NOTEBOOKS, ids=lambda p: p.stem)
+FAST = [path for path in NOTEBOOKS if path.stem not in ('decoding', 'rlhf')]
+
+
+@pytest.mark.parametrize('path', variants(NOTEBOOKS, FAST), ids=lambda p: p.stem)
 def test_it_runs_and_prints_what_it_shows(path, monkeypatch):
   python_path = filter(None, [str(ROOT), os.environ.get('PYTHONPATH')])
   monkeypatch.setenv('PYTHONPATH', os.pathsep.join(python_path))

@@ -136,6 +136,7 @@ def test_seed_temperature_preset_and_step_are_heard(call):
   assert run('--temperature=0', '--step=2') == greedy != run('--temperature=0', '--step=1')
 
 
+@pytest.mark.slow
 def test_beams_find_no_less_likely_a_text_than_greedy(workdir, call):
   model, params, words = command.load(workdir)
   told = dict(eos=words.eos, start=words.start, max_new=8)

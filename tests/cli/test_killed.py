@@ -20,7 +20,7 @@ from tests.cli.test_train import metrics
 ROOT = os.path.dirname(os.path.dirname(os.path.dirname(os.path.abspath(__file__))))
 KINDS = ('sft', 'dpo', 'packed', 'reward', 'ppo', 'grpo')
 MOMENTS = ('read', 'learn', 'save')
-FAST = dict(sft='save', ppo='read', grpo='learn')
+FAST = dict(sft='save', ppo='learn')
 CASES = [
   pytest.param(kind, moment, marks=[] if FAST.get(kind) == moment else pytest.mark.slow)
   for kind in KINDS

@@ -403,6 +403,7 @@ def test_a_checkpoint_of_another_model_is_named_and_kept(tmp_path, capfd):
   train(workdir, '--config.steps=4')  # nothing was lost
 
 
+@pytest.mark.slow
 def test_a_full_disk(tmp_path):
   """A limit on the size of files stands in for the disk: the error is one line and the good checkpoint stays."""
   workdir = tmp_path / 'run'

@@ -17,6 +17,7 @@ from llm_jax.core import config as config_lib
 from llm_jax.core import mesh
 from llm_jax.core.config import build
 from llm_jax.train import loop, state, step
+from tests.variants import variants
 
 ROOT = pathlib.Path(__file__).resolve().parents[2]
 STORED = pathlib.Path(__file__).with_name('golden.json')
@@ -65,7 +66,7 @@ def losses(path, changes):
   return [float(x) for x in found]
 
 
-@pytest.mark.parametrize('name', RECIPES)
+@pytest.mark.parametrize('name', variants(RECIPES, set(RECIPES) - {'t5_small'}))
 def test_losses_are_those_stored(name):
   found = losses(*RECIPES[name])
   stored = json.loads(STORED.read_text()) if STORED.exists() else {}

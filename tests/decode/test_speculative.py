@@ -302,6 +302,7 @@ def test_the_end_of_a_text_may_be_one_of_those_proposed():
     same(out, generate.generate(*made, *given, eos=eos, **told))
 
 
+@pytest.mark.slow
 def test_learned_positions_end_a_row():
   made, told = make('causal', length=10), dict(max_new=12, temperature=0.0, eos=None)
   plain = generate.generate(*made, *pad(PROMPTS), KEY, **told)
@@ -328,6 +329,7 @@ def test_compiled_once_per_setting():
   assert speculative._run._cache_size() == before
 
 
+@pytest.mark.slow
 def test_on_a_mesh():
   (model, params), draft = make('causal'), draft_of('model', 'causal')
   run = lambda params: speculative.generate(

@@ -97,6 +97,7 @@ def test_difficulty_is_the_loss_of_the_answer_alone(base):
     assert abs((picked * weights[1:]).sum() / weights.sum() - told) < 1e-4
 
 
+@pytest.mark.slow
 def test_stages_come_in_order_and_a_run_leaves_the_base_as_it_was(base, tmp_path):
   easy, hard = talk(('A?', 'one one one')), talk(('B?', 'two two two'))
   made = run.source(base, [[easy], [hard]], str(tmp_path / 'a'), 4, 0)

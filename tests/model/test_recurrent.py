@@ -175,7 +175,7 @@ def test_packed_is_separate_and_padded_is_unpadded(name, ids):
     np.testing.assert_allclose(packed[:, start:stop], separate, atol=1e-4)
 
 
-@pytest.mark.parametrize('name', variants(BLOCKS, ['mamba2', 'hybrid']))
+@pytest.mark.parametrize('name', variants(BLOCKS, ['mamba2']))
 def test_prompts_of_unequal_length_are_continued_as_if_alone(name, ids):
   model, params = model_of(name), weights_of(name)
   prompts, lengths = np.asarray(ids[:, :8]), np.array([3, 8])

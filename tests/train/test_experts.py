@@ -114,11 +114,14 @@ def test_microbatches_are_the_whole_batch():
   assert_same(train(ONE, 'limited', microbatches=4), alone('limited'))
 
 
-@pytest.mark.parametrize(('name', 'kw'), [
+ROUTERS = [
   ('gshard', dict(router=routers.gshard)),
   ('switch', dict(router=routers.switch, top_k=1, jitter=0.1)),
   ('hashed', dict(router=routers.hashed, top_k=1, balance=0.0, z_loss=0.0)),
-])  # fmt: skip
+]
+
+
+@pytest.mark.parametrize(('name', 'kw'), variants(ROUTERS, ROUTERS[1:]))
 def test_routers_on_a_mesh(name, kw):
   """The draws of a router while training are those of one device too."""
   found = []
@@ -135,6 +138,7 @@ def test_routers_on_a_mesh(name, kw):
   jax.tree.map(partial(np.testing.assert_allclose, rtol=1e-5, atol=1e-5), *found)
 
 
+@pytest.mark.slow
 def test_expert_choice_on_a_mesh():
   moe = partial(MoE, experts=E, expert=partial(ffn.Gated, hidden=32), router=routers.expert_choice)
   mixer = partial(attention.SelfAttention, heads=4)

@@ -96,6 +96,7 @@ def of_run(folder, extra):
   return found + [f'{t}.{k}={v}' for t in where for k, v in extra.items()]
 
 
+@pytest.mark.slow
 def test_ul2r_goes_on_from_a_real_model_and_resumes(stories, monkeypatch, capfd):
   monkeypatch.chdir(ROOT)
   extra = of_run(stories, dict(extra_ids=100, modes="('[R]','[S]','[X]')"))
