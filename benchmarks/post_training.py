@@ -8,7 +8,7 @@ Both begin with the same weights, in f32, and read the same bundled instructions
 BPE, 2,048 pieces). A step is everything from asking for a batch to updated weights; steps are taken in turn, ours after
 each of TRL's, and the median counts. What is compared is work done in a second:
 
-  sft    tokens of examples, padding not counted: 24 examples a batch, padded by TRL to the longest; packed by us into 8
+  sft    tokens of examples, padding not counted: 24 examples a batch, padded by TRL to the longest; packed by us into 9
          rows of 256
   dpo    pairs of at most 160 tokens a side, the reference's log-probabilities computed in the step: 8 a batch, padded
          by TRL to the longest; packed by us into 4 rows of 256, each prompt read once
@@ -124,7 +124,7 @@ def sft(run: str) -> Ours:
   def source(model: Any, words: Any) -> Any:
     sets = (functools.partial(examples.instructions, template=TEMPLATE),)
     task = functools.partial(examples.task, sets=sets, vocab=lambda text: words)
-    return examples.make(model, task=task, batch=8, length=256)
+    return examples.make(model, task=task, batch=9, length=256)
 
   return Ours(run, source, language.next_token, lambda b: float((b['segments'] > 0).sum()))
 
