@@ -99,21 +99,21 @@ def behind(values: np.ndarray, start: np.ndarray, length: int) -> np.ndarray:
 # --- what is learned from -----------------------------------------------------------------------------
 
 
-class Layout(NamedTuple):
-  """cut(rows, shape) -> a batch of these rows. back(values, rows) -> what was found for each target of a batch, [n,
-  ...], as [n, length] of the rows. grouped: rows have to come with all others of their group."""
-
-  cut: Callable[[Arrays, 'Shape'], Arrays]
-  back: Callable[[np.ndarray, Arrays], np.ndarray]
-  grouped: bool
-
-
 class Shape(NamedTuple):
   """Of the batches of a round. group: answers to a prompt; prompt, answer: tokens, what the longest of them need."""
 
   group: int
   prompt: int
   answer: int
+
+
+class Layout(NamedTuple):
+  """cut(rows, shape) -> a batch of these rows. back(values, rows) -> what was found for each target of a batch, [n,
+  ...], as [n, length] of the rows. grouped: rows have to come with all others of their group."""
+
+  cut: Callable[[Arrays, Shape], Arrays]
+  back: Callable[[np.ndarray, Arrays], np.ndarray]
+  grouped: bool
 
 
 def shape(rows: Arrays, group: int, prompt: int, answer: int, count: int) -> Shape:
