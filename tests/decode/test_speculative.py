@@ -190,9 +190,8 @@ def test_greedy_tokens_are_those_of_greedy_decoding(kind, name):
   assert 1 <= out.per_step().max() <= 4
 
 
-@pytest.mark.parametrize(
-  'kind', variants(['causal', 'encoder_decoder', 'recurrent'], ['recurrent'])
-)
+@pytest.mark.slow
+@pytest.mark.parametrize('kind', ['causal', 'encoder_decoder', 'recurrent'])
 def test_with_layers_apart(kind):
   model, params = make(kind)
   given, told = (*pad([p or [6] for p in PROMPTS]), KEY), dict(max_new=12, temperature=0.0, eos=9)

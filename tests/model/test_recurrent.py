@@ -142,9 +142,7 @@ def _step(name):
   return jax.jit(lambda p, b, s: model.hidden(p, b, states=s))
 
 
-@pytest.mark.parametrize(
-  'name', variants(BLOCKS, ['mamba', 'rwkv', 's4', 'hyena', 'lstm', 'nplm', 'hybrid'])
-)
+@pytest.mark.parametrize('name', variants(BLOCKS, ['mamba', 'rwkv', 's4', 'hyena', 'lstm', 'nplm']))
 def test_a_state_is_the_whole_sequence(name, ids):
   """A prefill, then token by token, then several at once."""
   model, params, found = model_of(name), weights_of(name), []
