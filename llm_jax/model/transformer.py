@@ -17,6 +17,7 @@ import jax.numpy as jnp
 
 from llm_jax.core.errors import UserError, nearest
 from llm_jax.model import assembly, heads, init, norms, stack
+from llm_jax.model import positions as positions_lib
 from llm_jax.model.functions import Model
 
 
@@ -169,6 +170,11 @@ def _ends(
     raise UserError(f'dtype {dtype!r}: {nearest(dtype, known)}')
   rows = -(-vocab // vocab_multiple) * vocab_multiple
   made = [None if part is None else part() for part in (embedding, positions, head)]
+  if isinstance(made[1], (positions_lib.Alibi, positions_lib.Buckets)):
+    name = type(made[1]).__name__
+    raise UserError(
+      f'positions={name} is no vector to add to the embedding: set bias={name}, and positions=None'
+    )
   return assembly.Ends(kind, vocab, rows, embed, length, known[dtype], *made, recipe)
 
 
@@ -176,4 +182,9 @@ def _stack(
   name, layers, block, norm, bias, runner, *, causal, bidirectional, stem=None
 ) -> assembly.Stack:
   made = [None if part is None else part() for part in (norm, bias, stem)]
+  if isinstance(made[1], (positions_lib.Learned, positions_lib.Sinusoidal)):
+    told = type(made[1]).__name__
+    raise UserError(
+      f'bias={told} is nothing to add to attention logits: set positions={told}, and bias=None'
+    )
   return assembly.Stack(name, stack.segments(layers, block), *made, causal, bidirectional, runner)

@@ -486,6 +486,10 @@ def test_longer_than_the_learned_table(tiny):
 def test_wrong_arguments(tiny):
   with pytest.raises(UserError, match='bfloat16'):
     tiny.causal(dtype='bfloat15')
+  with pytest.raises(UserError, match='set bias=Alibi, and positions=None'):
+    tiny.causal(positions=positions.Alibi)
+  with pytest.raises(UserError, match='set positions=Learned, and bias=None'):
+    tiny.causal(bias=positions.Learned)
   heads_differ = (tiny.block(dict(rotate=None)), tiny.block(dict(rotate=None, head_dim=4)))
   blocks = (heads_differ[0], P(heads_differ[1], mixer=P(attention.SelfAttention, heads=2)))
   with pytest.raises(UserError, match='one number'):
